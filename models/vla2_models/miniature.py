@@ -1,0 +1,179 @@
+"""A miniature checkpoint with random weights in the public format, for demonstrations and tests.
+
+It goes through every stage that a public checkpoint goes through, and its words mean nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentencepiece import SentencePieceTrainer
+from torch import Tensor
+
+from .checkpoint import build_empty, save_weights
+from .config import DEMO_KEY, read_config
+from .videollama2 import VideoLLaMA2
+
+MODEL_ID = "vla2/miniature-7B"
+TOWER_ID = "openai/clip-vit-miniature-patch14-56"
+
+TOWER = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 56,
+    "patch_size": 14,
+    "num_channels": 3,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+PREPROCESSOR = {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_resize": True,
+    "size": {"shortest_edge": 56},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 56, "width": 56},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "do_convert_rgb": True,
+}
+MODEL = {
+    "model_type": "videollama2_mistral",
+    "architectures": ["Videollama2MistralForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+    "mm_vision_tower": TOWER_ID,
+    "mm_hidden_size": TOWER["hidden_size"],
+    "mm_projector_type": "stc_connector",
+    "mm_vision_select_layer": -2,
+    "mm_vision_select_feature": "patch",
+    "num_frames": 8,
+    "tune_mm_mlp_adapter": False,
+    "use_mm_proj": True,
+}
+GENERATION = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": True}
+# takes no notice of a system message, as the released VideoLLaMA2-7B is reported to do
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+NUM_UNSPEAKABLE = 259  # special tokens and bytes come first in the vocabulary
+WORDS = (
+    "a red car moves to the right on the green meadow while the sun sets behind the hills",
+    "the ball bounces, the rocket rises into the night sky and the rain falls on the road",
+    "please describe the video in detail. what happens in this image? a person walks away",
+    "first one bell rings, then two shapes pass each other slowly in front of the blue wall",
+)
+
+
+def write_miniature(
+    hub_dir: Path, *, model_id: str = MODEL_ID, seed: int = 0, **changes: Any
+) -> Path:
+    """Write a checkpoint and its tower's folder under a local hub folder.
+
+    Args:
+        hub_dir: where `vla2 --hub-dir` looks.
+        model_id: the checkpoint's name, owner/name.
+        seed: of the random weights.
+        changes: fields of config.json that differ from the miniature's.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    folder, tower = hub_dir / model_id, hub_dir / TOWER_ID
+    config = {**MODEL, DEMO_KEY: True, **changes}
+    _write_json(tower / "config.json", TOWER)
+    _write_json(tower / "preprocessor_config.json", PREPROCESSOR)
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", GENERATION)
+    _write_tokenizer(folder, vocab_size=config["vocab_size"])
+    model = build_empty(read_config(folder, tower))
+    _fill(model, torch.Generator().manual_seed(seed))
+    save_weights(model, folder / "model.safetensors")
+    return folder
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Train byte-pair pieces on a few sentences; bytes stand for what no piece covers."""
+    pieces = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(WORDS * 8),
+        model_writer=pieces,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(pieces.getvalue())
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": True,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "added_tokens_decoder": {
+            str(i): {"content": token, "special": True}
+            for i, token in enumerate(("<unk>", "<s>", "</s>"))
+        },
+        "chat_template": CHAT_TEMPLATE,
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def _fill(model: VideoLLaMA2, generator: torch.Generator) -> None:
+    """Draw weights that keep the size of what passes through them, so that clips tell apart."""
+    state = {}
+    for name, meta in model.state_dict().items():
+        if meta.ndim == 1:
+            tensor = torch.full(meta.shape, float(name.endswith("weight")))
+        else:
+            tensor = torch.randn(meta.shape, generator=generator) * _scale(name, meta)
+        if name.endswith("lm_head.weight"):
+            tensor[:NUM_UNSPEAKABLE] = 0  # a likely word has a logit well above 0
+        state[name] = tensor
+    model.load_state_dict(state, assign=True)
+
+
+def _scale(name: str, weight: Tensor) -> float:
+    if name.endswith(("embed_tokens.weight", "position_embedding.weight")):
+        return 1.0
+    # twice as large at the end, for likely words
+    gain = 3.0 if name.endswith("lm_head.weight") else 1.0
+    return gain / math.sqrt(math.prod(weight.shape[1:]))
+
+
+if __name__ == "__main__":
+    write_miniature(Path(sys.argv[1]))

@@ -1,0 +1,382 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vla2_models.errors import CheckpointError
+from vla2cli import __version__
+from vla2cli import options as opt
+from vla2cli.console import Console, count, print_data, print_text
+from vla2cli.errors import UsageError, Vla2Error
+from vla2cli.run import RunOptions, run_batch
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Turn folders of videos into true, traceable text with VideoLLaMA 2.",
+)
+
+
+def _epilog(*examples: str) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
+
+
+def _print_version(ctx: typer.Context, is_asked: bool) -> None:
+    if not is_asked or ctx.resilient_parsing:
+        return
+    print_text(f"vla2 {__version__}")
+    if "-v" in sys.argv or "--verbose" in sys.argv:
+        from vla2cli.facts import describe_machine
+
+        for line in describe_machine():
+            print_text(line)
+    raise typer.Exit
+
+
+@app.callback()
+def vla2(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            callback=_print_version,
+            help="Print the version; with --verbose, torch, CUDA and model cache too.",
+        ),
+    ] = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Turn folders of videos into true, traceable text with VideoLLaMA 2."""
+
+
+@app.command(
+    epilog=_epilog(
+        "vla2 caption examples/01.mp4 --model DAMO-NLP-SG/VideoLLaMA2-7B",
+        "vla2 caption examples/ --model DAMO-NLP-SG/VideoLLaMA2-7B-16F -o captions.jsonl",
+    )
+)
+def caption(
+    paths: opt.Paths,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            envvar="VLA2_PROMPT",
+            help="Asked of every file. Default: Please describe the video (image) in detail.",
+        ),
+    ] = None,
+    model: opt.Model = None,
+    revision: opt.Revision = None,
+    hub_dir: opt.HubDir = None,
+    offline: opt.Offline = False,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    batch: opt.Batch = 1,
+    modality: opt.Modality = "auto",
+    start: opt.Start = None,
+    end: opt.End = None,
+    frames: opt.Frames = None,
+    decoder: opt.Decoder = "pyav",
+    decode_timeout: opt.DecodeTimeout = opt.DEFAULT_DECODE_TIMEOUT,
+    decode_memory: opt.DecodeMemory = opt.DEFAULT_DECODE_MEMORY,
+    workers: opt.Workers = None,
+    max_new_tokens: opt.MaxNewTokens = opt.DEFAULT_TOKENS,
+    temperature: opt.Temperature = 0.0,
+    top_p: opt.TopP = None,
+    top_k: opt.TopK = None,
+    seed: opt.Seed = 0,
+    output: opt.Output = None,
+    force: opt.Force = False,
+    retry_errors: opt.RetryErrors = False,
+    dry_run: opt.DryRun = False,
+    config: opt.Config = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Describe every video and image that the paths hold."""
+    options = RunOptions.of(locals())
+    options.check()
+    from vla2cli.jobs import Task
+
+    conversations = ((_spoken(prompt, "--prompt"),),) if prompt is not None else ()
+    raise typer.Exit(run_batch(Task("caption", conversations), paths, options))
+
+
+@app.command(
+    epilog=_epilog(
+        'vla2 ask examples/01.mp4 "What moves?" --model DAMO-NLP-SG/VideoLLaMA2-7B',
+        'vla2 ask examples/01.mp4 "What moves?" --then "Which way?" '
+        "--model DAMO-NLP-SG/VideoLLaMA2-7B",
+    )
+)
+def ask(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATH... QUESTION",
+            help="Files, folders, globs or -, and last the question, unless --question is given.",
+            show_default=False,
+        ),
+    ],
+    question: Annotated[
+        list[str] | None,
+        typer.Option("--question", help="Asked of every file; may be given several times."),
+    ] = None,
+    then: Annotated[
+        list[str] | None,
+        typer.Option("--then", help="Asked after the answer, which the model remembers."),
+    ] = None,
+    model: opt.Model = None,
+    revision: opt.Revision = None,
+    hub_dir: opt.HubDir = None,
+    offline: opt.Offline = False,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    batch: opt.Batch = 1,
+    modality: opt.Modality = "auto",
+    start: opt.Start = None,
+    end: opt.End = None,
+    frames: opt.Frames = None,
+    decoder: opt.Decoder = "pyav",
+    decode_timeout: opt.DecodeTimeout = opt.DEFAULT_DECODE_TIMEOUT,
+    decode_memory: opt.DecodeMemory = opt.DEFAULT_DECODE_MEMORY,
+    workers: opt.Workers = None,
+    max_new_tokens: opt.MaxNewTokens = opt.DEFAULT_TOKENS,
+    temperature: opt.Temperature = 0.0,
+    top_p: opt.TopP = None,
+    top_k: opt.TopK = None,
+    seed: opt.Seed = 0,
+    output: opt.Output = None,
+    force: opt.Force = False,
+    retry_errors: opt.RetryErrors = False,
+    dry_run: opt.DryRun = False,
+    config: opt.Config = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Ask questions about every video and image that the paths hold."""
+    options = RunOptions.of(locals())
+    options.check()
+    from vla2cli.jobs import Task
+
+    paths, questions = _split_question(paths, question or [])
+    if then and len(questions) > 1:
+        raise UsageError("--then goes on from one question; several were given")
+    conversations = tuple((first, *(then or [])) for first in questions)
+    for text in [*questions, *(then or [])]:
+        _spoken(text, "the question")
+    raise typer.Exit(run_batch(Task("ask", tuple(dict.fromkeys(conversations))), paths, options))
+
+
+@app.command(
+    epilog=_epilog(
+        "vla2 features examples/01.mp4 --model DAMO-NLP-SG/VideoLLaMA2-7B -o features/",
+        "vla2 features examples/ --tensors projector_tokens "
+        "--model DAMO-NLP-SG/VideoLLaMA2-7B -o features/",
+    )
+)
+def features(
+    paths: opt.Paths,
+    tensors: Annotated[
+        str | None,
+        typer.Option(
+            "--tensors",
+            envvar="VLA2_TENSORS",
+            help="Names with commas between them, or all. Default: frame_indices, timestamps_s, "
+            "vision_features, projector_tokens. Others: pixel_values, input_ids, "
+            "attention_mask_spliced, inputs_embeds, first_logits, generated_ids.",
+        ),
+    ] = None,
+    question: Annotated[
+        str | None,
+        typer.Option("--question", help="For the tensors from input_ids on."),
+    ] = None,
+    model: opt.Model = None,
+    revision: opt.Revision = None,
+    hub_dir: opt.HubDir = None,
+    offline: opt.Offline = False,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    batch: opt.Batch = 1,
+    modality: opt.Modality = "auto",
+    start: opt.Start = None,
+    end: opt.End = None,
+    frames: opt.Frames = None,
+    decoder: opt.Decoder = "pyav",
+    decode_timeout: opt.DecodeTimeout = opt.DEFAULT_DECODE_TIMEOUT,
+    decode_memory: opt.DecodeMemory = opt.DEFAULT_DECODE_MEMORY,
+    workers: opt.Workers = None,
+    max_new_tokens: opt.MaxNewTokens = opt.DEFAULT_TOKENS,
+    temperature: opt.Temperature = 0.0,
+    top_p: opt.TopP = None,
+    top_k: opt.TopK = None,
+    seed: opt.Seed = 0,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            envvar="VLA2_OUTPUT",
+            help="Folder for one safetensors file per input, and features.jsonl.",
+        ),
+    ] = None,
+    force: opt.Force = False,
+    retry_errors: opt.RetryErrors = False,
+    dry_run: opt.DryRun = False,
+    config: opt.Config = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Write what the networks make of every file, as safetensors."""
+    options = RunOptions.of(locals())
+    options.check()
+    from vla2cli.features import run_feature_command
+
+    if question is not None:
+        _spoken(question, "--question")
+    raise typer.Exit(run_feature_command(paths, options, tensors, question))
+
+
+@app.command(
+    epilog=_epilog("vla2 models", "vla2 models checkpoints/VideoLLaMA2-7B --json"),
+)
+def models(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="A folder or hub id to look into; without it, all on this disk."),
+    ] = None,
+    revision: opt.Revision = None,
+    hub_dir: opt.HubDir = None,
+    offline: opt.Offline = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """List the checkpoints on this disk, or check one without reading its weights."""
+    from vla2_models.hub import Source
+    from vla2cli.facts import describe_checkpoint, find_checkpoints
+
+    source = Source(hub_dir, offline)
+    found = (
+        [describe_checkpoint(name, source, revision)]
+        if name is not None
+        else list(find_checkpoints(source))
+    )
+    for facts in found:
+        if json or not sys.stdout.isatty():
+            print_data(facts)
+        else:
+            print_text("  ".join(f"{key} {value}" for key, value in facts.items() if value))
+    if name is None:
+        Console(quiet=quiet).note(f"{count(len(found), 'checkpoint')} on this disk")
+
+
+@app.command(
+    epilog=_epilog("vla2 verify captions.jsonl", "vla2 verify captions.jsonl --hash --json")
+)
+def verify(
+    ledger: Annotated[Path, typer.Argument(help="JSON Lines file that vla2 wrote.")],
+    files: Annotated[
+        bool, typer.Option("--files/--no-files", help="Whether the files are still the same.")
+    ] = True,
+    rehash: Annotated[
+        bool, typer.Option("--hash", help="Hash every file, not only those that look changed.")
+    ] = False,
+    root: Annotated[
+        Path | None, typer.Option("--root", help="Folder that relative paths start from.")
+    ] = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Look for errors, doubtful texts, broken lines and changed files in a ledger."""
+    from vla2cli.verify import verify as look
+
+    verification = look(ledger, check_files=files, rehash=rehash, root=root)
+    num_found = 0
+    for finding in verification:
+        num_found += 1
+        if json or not sys.stdout.isatty():
+            print_data(dataclasses.asdict(finding))
+        else:
+            where = finding.id or f"line {finding.line}"
+            print_text(f"{finding.kind}: {where}: {finding.message}")
+    summary = verification.summary
+    Console(quiet=quiet).note(
+        f"{ledger}: {count(summary.records, 'record')}, {summary.done:,} done, "
+        f"{count(summary.errors, 'error')}; {count(num_found, 'finding')}"
+    )
+    raise typer.Exit(3 if num_found else 0)
+
+
+def _spoken(text: str, what: str) -> str:
+    if not text.strip():
+        raise UsageError(f"{what} is empty")
+    return text
+
+
+def _split_question(arguments: list[str], questions: list[str]) -> tuple[list[str], list[str]]:
+    """Tell the paths from the question that stands last, where no `--question` is given."""
+    if questions:
+        return arguments, questions
+    *paths, question = arguments
+    if not paths:
+        raise UsageError(f"only '{question}' was given; expected PATH... QUESTION")
+    if Path(question).exists():
+        raise UsageError(
+            f"'{question}' is the question and also a file; write the question last, or use "
+            "--question"
+        )
+    return paths, [question]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the app; print what went wrong as one line and exit with its code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    is_debug = "--debug" in arguments or bool(os.environ.get("VLA2_DEBUG"))
+    try:
+        code = app(arguments, standalone_mode=False, prog_name="vla2")
+    except typer.Abort:
+        code = _fail("ended", 1)
+    except typer.TyperException as error:
+        code = _fail(_one_line(error.format_message()), error.exit_code)
+    except (Vla2Error, CheckpointError) as error:
+        if is_debug:
+            raise
+        code = _fail(_one_line(str(error)), getattr(error, "exit_code", 1))
+    except BrokenPipeError:
+        # whoever read stdout has gone; keep Python from complaining when it closes it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:  # the last resort: one line, whatever it is
+        if is_debug:
+            raise
+        message = _one_line(f"{type(error).__name__}: {error}")
+        code = _fail(f"unexpected {message}; --debug shows where", 1)
+    sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> int:
+    if message:
+        print(f"vla2: {message}", file=sys.stderr)  # noqa: T201
+    return code
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())

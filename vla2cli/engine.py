@@ -1,0 +1,285 @@
+"""A loaded checkpoint: clips and questions in, answers out.
+
+It knows nothing of files on the user's side, of ledgers or of the command line; `vla2cli.jobs`
+drives it over a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vla2_models.checkpoint import Checkpoint, load_model, open_checkpoint
+from vla2_models.fingerprint import hash_weights
+from vla2_models.hub import Source
+from vla2_models.videollama2 import VideoLLaMA2
+from vla2cli.config import GenerationChoice, GenerationSettings, resolve_generation
+from vla2cli.engines import eager as language_engine
+from vla2cli.engines.eager import Generation, generate
+from vla2cli.errors import ModelError, UsageError
+from vla2cli.frontend.eager import EagerFrontend
+from vla2cli.preprocess import FrameGeometry, normalise
+from vla2cli.prompt import Prompt, Turn, build_prompt
+from vla2cli.tokenizer import Tokenizer, load_tokenizer
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# a text whose end is one unit over and over: at least so many times and so many tokens
+REPEATS = 4
+REPEATED_TOKENS = 16
+LONGEST_UNIT = 64
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One prompt about one clip."""
+
+    question: str
+    modality: str  # video, image or text
+    visual_tokens: Tensor | None  # (num_tokens, D); None for text
+    history: tuple[Turn, ...] = ()
+    seed: int = 0  # of this row's own generator
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, and how it came about."""
+
+    text: str
+    prompt: Prompt
+    generation: Generation
+    flags: tuple[str, ...]  # empty, repeating, not-finite
+    num_visual: int  # visual tokens in the prompt
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt, with the visual ones."""
+        placeholders = sum(i < 0 for i in self.prompt.input_ids)
+        return len(self.prompt.input_ids) - placeholders + self.num_visual
+
+
+class Engine:
+    """A checkpoint that answers; its weights are read at their first use.
+
+    Args:
+        checkpoint: found and understood, see `Engine.load` for the short way.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        dtype: `auto` (float32 on the CPU, bfloat16 elsewhere), or one of `DTYPES`.
+
+    Raises:
+        UsageError: the device or the dtype cannot be had.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, device: str = "auto", dtype: str = "auto"
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.device = pick_device(device)
+        self.dtype = pick_dtype(dtype, self.device)
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        *,
+        revision: str | None = None,
+        hub_dir: str | Path | None = None,
+        offline: bool = False,
+        device: str = "auto",
+        dtype: str = "auto",
+    ) -> Engine:
+        """Load a checkpoint from a folder or the hub.
+
+        Args:
+            model: a folder, or a hub id such as `DAMO-NLP-SG/VideoLLaMA2-7B`.
+            revision: commit, tag or branch on the hub.
+            hub_dir: a folder with folders named like hub ids, looked into before the hub.
+            offline: never go to the hub.
+            device: `auto`, `cpu`, `cuda` or `cuda:N`.
+            dtype: `auto` (float32 on the CPU, bfloat16 elsewhere), or one of `DTYPES`.
+
+        Raises:
+            CheckpointError: the checkpoint is nowhere or not whole.
+            UsageError: the device or the dtype cannot be had.
+        """
+        source = Source(Path(hub_dir) if hub_dir else None, offline)
+        checkpoint = open_checkpoint(model, source, revision=revision)
+        engine = cls(checkpoint, device=device, dtype=dtype)
+        engine.load_weights()
+        return engine
+
+    def load_weights(self) -> None:
+        """Read the weights now; without this call the first clip waits for them."""
+        _ = self.model
+
+    @cached_property
+    def model(self) -> VideoLLaMA2:
+        """The networks, on the engine's device."""
+        return load_model(self.checkpoint, device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def frontend(self) -> EagerFrontend:
+        """What turns frames into visual tokens."""
+        return EagerFrontend(self.model)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer, checked against its vocabulary."""
+        tokenizer = load_tokenizer(self.checkpoint.folder)
+        vocab_size = self.checkpoint.config.language.vocab_size
+        if len(tokenizer.pieces) > vocab_size:
+            raise ModelError(
+                f"'{self.checkpoint.folder}': tokenizer.model has {len(tokenizer.pieces)} pieces, "
+                f"the model's vocabulary {vocab_size}; the folder mixes two models"
+            )
+        return tokenizer
+
+    @cached_property
+    def geometry(self) -> FrameGeometry:
+        """How frames are fitted to the tower."""
+        return read_geometry(self.checkpoint)
+
+    @cached_property
+    def identity(self) -> dict[str, str | None]:
+        """What a record says of the model: `id`, `revision`, `sha256`."""
+        return identify(self.checkpoint)
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as records name it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def settings(self, choice: GenerationChoice) -> GenerationSettings:
+        """Join the user's choice with what the checkpoint's files ask for."""
+        return resolve_generation(choice, self.checkpoint.folder, self.tokenizer.eos_token_id)
+
+    def pixel_values(self, frames: NDArray[np.uint8]) -> Tensor:
+        """Normalise fitted frames: (T, S, S, 3) uint8 -> (T, 3, S, S) float32."""
+        return torch.from_numpy(normalise(frames, self.geometry))
+
+    def encode(self, clips: Sequence[NDArray[np.uint8]]) -> list[Tensor]:
+        """Turn the fitted frames of several clips into (num_tokens, D) visual tokens each."""
+        pixel_values = [self.pixel_values(frames) for frames in clips]
+        return self.frontend.visual_tokens(self.frontend.vision_features(pixel_values))
+
+    def prompt(self, ask: Ask) -> Prompt:
+        """Render and tokenise what is asked."""
+        return build_prompt(
+            self.tokenizer,
+            self.checkpoint.config.model_type,
+            ask.question,
+            modality=ask.modality,
+            history=ask.history,
+        )
+
+    @torch.inference_mode()
+    def embed(self, prompt: Prompt, visual_tokens: Tensor | None) -> Tensor:
+        """Splice one prompt: (L, D) inputs_embeds."""
+        media = [] if visual_tokens is None else [visual_tokens]
+        return self.model.splice(prompt.input_ids, media)
+
+    def answer(self, asks: Sequence[Ask], settings: GenerationSettings) -> list[Answer]:
+        """Answer several prompts in one left-padded batch; a row's text depends on no other."""
+        prompts = [self.prompt(ask) for ask in asks]
+        embeds = [self.embed(p, ask.visual_tokens) for p, ask in zip(prompts, asks, strict=True)]
+        seeds = [ask.seed for ask in asks]
+        generations = generate(self.model.language_model, embeds, settings, seeds)
+        return [
+            self._answer(ask, prompt, generation)
+            for ask, prompt, generation in zip(asks, prompts, generations, strict=True)
+        ]
+
+    def _answer(self, ask: Ask, prompt: Prompt, generation: Generation) -> Answer:
+        text = self.tokenizer.decode(generation.ids).strip()
+        num_visual = 0 if ask.visual_tokens is None else len(ask.visual_tokens)
+        return Answer(text, prompt, generation, find_flags(text, generation), num_visual)
+
+
+def find_flags(text: str, generation: Generation) -> tuple[str, ...]:
+    """Name what makes a text no answer."""
+    ids = generation.ids[:-1] if generation.finish_reason == "stop" else generation.ids
+    found = {
+        "empty": not text,
+        "repeating": is_repeating(ids),
+        "not-finite": not generation.is_finite,
+    }
+    return tuple(flag for flag, is_so in found.items() if is_so)
+
+
+def is_repeating(ids: Sequence[int]) -> bool:
+    """Tell whether a text ends in one unit of tokens over and over."""
+    for unit in range(1, min(LONGEST_UNIT, len(ids) // REPEATS) + 1):
+        length = max(unit * REPEATS, REPEATED_TOKENS)
+        tail = ids[-length:]
+        if len(tail) == length and all(a == b for a, b in zip(tail, tail[unit:])):
+            return True
+    return False
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device that `auto`, `cpu`, `cuda` or `cuda:N` names.
+
+    Raises:
+        UsageError: it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"'--device {name}': expected auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"'--device {name}': expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("no CUDA device; --device auto would run on the CPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"'--device {name}': there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of that name; `auto` is float32 on the CPU and bfloat16 elsewhere.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in DTYPES:
+        raise UsageError(f"'--dtype {name}': expected auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def read_geometry(checkpoint: Checkpoint) -> FrameGeometry:
+    """Read how the tower wants its frames.
+
+    Raises:
+        ModelError: its preprocessor_config.json is not understood.
+    """
+    config = checkpoint.config
+    try:
+        geometry = FrameGeometry.from_config(dict(config.preprocessor))
+    except ValueError as error:
+        raise ModelError(
+            f"'{config.mm_vision_tower}': preprocessor_config.json is not understood: {error}"
+        ) from error
+    return geometry
+
+
+def identify(checkpoint: Checkpoint) -> dict[str, str | None]:
+    """Name a checkpoint as records do; reads all weights unless their hash is remembered."""
+    return {
+        "id": checkpoint.located.id,
+        "revision": checkpoint.located.revision,
+        "sha256": hash_weights(checkpoint.weight_files()),
+    }
+
+
+ENGINE_NAME = language_engine.NAME

@@ -1,0 +1,1 @@
+"""Language-model engines: spliced prompts in, token ids out."""

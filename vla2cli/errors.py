@@ -1,0 +1,57 @@
+"""Everything that can go wrong for a user, each with its exit code.
+
+Vla2Error                1  could not go on
+├── UsageError           2  the command line asks for something that cannot be
+├── NoInputError         4  nothing to work on
+├── ModelError           1  a checkpoint is refused
+├── LedgerError          1  the output cannot be written or is not a ledger
+│   └── LedgerBusyError  5  another run holds the output
+└── InputError           -  one file cannot be used: it becomes an error record
+"""
+
+
+class Vla2Error(Exception):
+    """A user's problem: printed as one line `vla2: message`, without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(Vla2Error):
+    """The command line asks for something that cannot be."""
+
+    exit_code = 2
+
+
+class NoInputError(Vla2Error):
+    """Nothing to work on was found, or every item failed."""
+
+    exit_code = 4
+
+
+class ModelError(Vla2Error):
+    """A checkpoint cannot be found, read or trusted."""
+
+
+class LedgerError(Vla2Error):
+    """The output cannot be written, or is not a ledger of ours."""
+
+
+class LedgerBusyError(LedgerError):
+    """Another run holds this output's lock."""
+
+    exit_code = 5
+
+
+class InputError(Vla2Error):
+    """One file cannot be used; in a batch it costs one error record.
+
+    Args:
+        message: one line, what is wrong and what to do; the file's name is added where it is shown.
+        kind: a short, stable word for scripts, such as `decode` or `timeout`.
+        stage: where it happened: `open`, `decode`, `preprocess`, `encode` or `generate`.
+    """
+
+    def __init__(self, message: str, *, kind: str, stage: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.stage = stage

@@ -1,0 +1,205 @@
+"""What the networks make of a clip, stage by stage, as one safetensors file for each clip."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vla2cli.config import GenerationSettings
+from vla2cli.engine import Ask, Engine
+from vla2cli.errors import InputError, LedgerError, UsageError
+from vla2cli.jobs import Job, Record, Task, Work, in_parts, modality_of
+from vla2cli.media.records import Clip
+from vla2cli.record import error_field, frame_fields, make_record
+from vla2cli.run import RunOptions, run_batch
+
+LEDGER_NAME = "features.jsonl"
+# name -> shape, in the order in which the stages make them; `T` frames, `N` patches of width `C`,
+# `L` positions of width `D`, `V` the vocabulary
+TENSORS = {
+    "frame_indices": "(T,) int64",
+    "timestamps_s": "(T,) float64",
+    "pixel_values": "(T, 3, S, S) float32",
+    "vision_features": "(T, N, C)",
+    "projector_tokens": "(1, num_tokens, D)",
+    "input_ids": "(L0,) int64, negative where the media belong",
+    "attention_mask_spliced": "(L,) int64",
+    "inputs_embeds": "(L, D)",
+    "first_logits": "(V,) float32",
+    "generated_ids": "(num_new,) int64",
+}
+DEFAULT_TENSORS = ("frame_indices", "timestamps_s", "vision_features", "projector_tokens")
+
+
+def parse_tensors(names: str | None) -> tuple[str, ...]:
+    """Read the value of `--tensors`: names with commas between them, or `all`.
+
+    Raises:
+        UsageError: a name is none of `TENSORS`.
+    """
+    if names is None:
+        return DEFAULT_TENSORS
+    wanted = set(TENSORS) if names.strip() == "all" else {n.strip() for n in names.split(",")}
+    for name in sorted(wanted):
+        if name not in TENSORS:
+            raise UsageError(f"'--tensors {name}': expected all, or any of {', '.join(TENSORS)}")
+    return tuple(name for name in TENSORS if name in wanted)
+
+
+def feature_path(folder: Path, item_id: str) -> Path:
+    """Return where the tensors of an item go; it never leaves `folder`."""
+    parts = [part.replace("..", "%2E%2E") if part == ".." else part for part in item_id.split("/")]
+    return folder / ("/".join(parts).lstrip("/") + ".safetensors")
+
+
+def run_features(
+    job: Job,
+    works: Iterable[Work],
+    folder: Path,
+    names: tuple[str, ...],
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Record]:
+    """Write the tensors of each clip, then its record.
+
+    Args:
+        job: its batch is the number of clips decoded together; they are run one by one.
+        works: what is to do.
+        folder: where the files go.
+        names: any of `TENSORS`.
+        should_stop: asked between clips.
+    """
+    for outcomes in job.clips(works, should_stop=should_stop):
+        for work, found in outcomes:
+            for record in _records(job, work, found, folder, names):
+                job.write(record)
+                yield record
+
+
+def run_feature_command(
+    paths: Sequence[str], options: RunOptions, tensors: str | None, question: str | None
+) -> int:
+    """Do `vla2 features`; returns the exit code.
+
+    Raises:
+        UsageError: there is no folder to write to, or an unknown tensor was asked for.
+    """
+    names = parse_tensors(tensors)
+    if options.output in (None, "-"):
+        raise UsageError("features are files; they need a folder: -o FOLDER")
+    folder = Path(str(options.output))
+    if not options.dry_run:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LedgerError(f"cannot make '{folder}': {error.strerror}") from error
+    conversations = ((question,),) if question else ()
+    return run_batch(
+        Task("features", conversations, {"tensors": list(names)}),
+        paths,
+        options,
+        run=lambda job, works, stop: run_features(job, works, folder, names, should_stop=stop),
+        is_missing=lambda work: not feature_path(folder, work.item.id).exists(),
+        ledger_path=str(folder / LEDGER_NAME),
+    )
+
+
+def _records(
+    job: Job, work: Work, found: Clip | InputError, folder: Path, names: tuple[str, ...]
+) -> Iterator[Record]:
+    if isinstance(found, InputError):
+        yield from job.failures(work, found)
+        return
+    for (question,) in work.conversations:
+        ask = Ask(question, modality_of(work.item), None)
+        (tensors,) = in_parts(
+            lambda rows: [compute(job.engine, found, rows[0], job.settings, names)],
+            [ask],
+            "encode",
+        )
+        fields = job.fields(work.item, (question,), 0, found.state)
+        fields |= {"frames": frame_fields(found), "decoder": found.decoder}
+        if isinstance(tensors, InputError):
+            yield make_record(**fields, error=error_field(tensors))
+            continue
+        path = feature_path(folder, work.item.id)
+        _save(tensors, path)
+        fields["flags"] = [*job.demo_flags, *found.flags]
+        yield make_record(
+            **fields,
+            file=os.fspath(path.relative_to(folder)),
+            tensors={name: list(tensor.shape) for name, tensor in tensors.items()},
+        )
+
+
+@torch.inference_mode()
+def compute(
+    engine: Engine, clip: Clip, ask: Ask, settings: GenerationSettings, names: Iterable[str]
+) -> dict[str, Tensor]:
+    """Run the stages up to the last one that is wanted.
+
+    Args:
+        engine: the model.
+        clip: fitted frames.
+        ask: the prompt, for the stages from `input_ids` on; its visual tokens are ignored.
+        settings: for `generated_ids`.
+        names: any of `TENSORS`.
+
+    Returns:
+        The wanted tensors on the CPU, named and shaped as in `TENSORS`.
+    """
+    last = max(list(TENSORS).index(name) for name in names)
+    reach = set(list(TENSORS)[: last + 1])
+    made: dict[str, Tensor] = {
+        "frame_indices": torch.tensor(clip.indices, dtype=torch.long),
+        "timestamps_s": torch.tensor(clip.timestamps_s, dtype=torch.float64),
+        "pixel_values": engine.pixel_values(clip.frames),
+    }
+    if "vision_features" in reach:
+        (features,) = engine.frontend.vision_features([made["pixel_values"]])
+        # a picture stands for all frames
+        num_frames = engine.checkpoint.config.num_frames if clip.kind == "image" else len(features)
+        made["vision_features"] = features.expand(num_frames, -1, -1)
+        made["projector_tokens"] = engine.frontend.visual_tokens([features])[0][None]
+    if "input_ids" in reach:
+        made |= _prompt_tensors(engine, ask, made["projector_tokens"][0])
+    if "first_logits" in reach:
+        num_new = settings.max_new_tokens if "generated_ids" in reach else 1
+        ask = replace(ask, visual_tokens=made["projector_tokens"][0])
+        (answer,) = engine.answer([ask], replace(settings, max_new_tokens=num_new))
+        made["first_logits"] = answer.generation.first_logits
+        made["generated_ids"] = torch.tensor(answer.generation.ids, dtype=torch.long)
+    return {name: made[name].cpu().contiguous() for name in names}
+
+
+def _prompt_tensors(engine: Engine, ask: Ask, tokens: Tensor) -> dict[str, Tensor]:
+    prompt = engine.prompt(ask)
+    embeds = engine.embed(prompt, tokens)
+    return {
+        "input_ids": torch.tensor(prompt.input_ids, dtype=torch.long),
+        "attention_mask_spliced": torch.ones(len(embeds), dtype=torch.long),
+        "inputs_embeds": embeds,
+    }
+
+
+def _save(tensors: dict[str, Any], path: Path) -> None:
+    """Write aside, sync and rename, so that a file is whole or not there."""
+    aside = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, aside)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or error
+        raise LedgerError(f"cannot write '{path}': {reason}") from error

@@ -1,0 +1,1 @@
+"""Front-ends: normalised frames in, visual tokens out."""

@@ -1,0 +1,1 @@
+"""Files in, frames out: sampling, decoding, and the processes it happens in."""

@@ -1,0 +1,286 @@
+"""Decoding in processes that can be killed: one file that hangs or crashes costs one record.
+
+Each worker belongs to one thread of the pool, which sends it one request at a time, watches the
+clock, and starts another when it is lost. Nothing here touches a file: even asking for its size can
+hang on a dead network share.
+"""
+
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+from vla2cli.errors import InputError
+from vla2cli.media import wire
+from vla2cli.media.records import Clip, ClipRequest, FileState, Probe
+
+__all__ = ["Clip", "ClipRequest", "DecodePool", "FileState", "Probe"]
+
+_START_LIMIT_S = 60.0  # a cold disk and many workers at once
+_HASH_BYTES_PER_S = 20e6  # the slowest disk that is not called hanging
+_REAP_LIMIT_S = 2.0  # a process stuck in the kernel may not even die
+_MAX_REQUESTS = 500  # decoders leak
+
+T = TypeVar("T")
+
+
+class _WorkerDied(Exception):  # noqa: N818 an event, not an error yet: the request is tried again
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+
+
+class _Worker:
+    """The parent's side of one child process."""
+
+    def __init__(self, memory_bytes: int) -> None:
+        self.num_requests = 0
+        self.sock, child_sock = socket.socketpair()
+        with child_sock:
+            # nothing but its socket is passed on: above all no lock of ours
+            self.process = subprocess.Popen(
+                _command(child_sock.fileno(), memory_bytes),
+                pass_fds=(child_sock.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=None if os.environ.get("VLA2_DEBUG") else subprocess.DEVNULL,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            )
+
+    def wait_ready(self) -> None:
+        try:
+            wire.receive(self.sock, _START_LIMIT_S)
+        except (EOFError, OSError) as error:
+            raise _WorkerDied(self._how_it_ended()) from error
+
+    def ask(self, header: dict[str, Any], limit_s: float) -> tuple[dict[str, Any], bytearray]:
+        self.num_requests += 1
+        try:
+            wire.send(self.sock, header)
+            answer, body = wire.receive(self.sock, limit_s)
+        except TimeoutError:
+            raise
+        except (EOFError, OSError) as error:
+            raise _WorkerDied(self._how_it_ended()) from error
+        if "error" in answer:
+            raise InputError(**answer["error"])
+        return answer, body
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            self.process.kill()
+
+    def stop(self) -> None:
+        self.kill()
+        self.sock.close()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(_REAP_LIMIT_S)
+
+    def _how_it_ended(self) -> str:
+        try:
+            code = self.process.wait(_REAP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            return "it closed its connection"
+        if code >= 0:
+            return f"exit code {code}"
+        return signal.Signals(-code).name
+
+
+class DecodePool:
+    """Decodes, probes and hashes files in `num_workers` processes, started when first needed.
+
+    The results come as futures, which raise InputError for a file that cannot be used, with the
+    kinds of the readers and `timeout` and `worker-died`. To be closed, best by `with`.
+    """
+
+    def __init__(
+        self, num_workers: int, *, timeout_s: float = 60.0, memory_bytes: int = 4 * 2**30
+    ) -> None:
+        """Start the threads, no process yet.
+
+        Args:
+            num_workers: processes, at least 1.
+            timeout_s: wall clock for one file; hashing has another one that grows with the size.
+            memory_bytes: what a worker may take on top of what it has when it starts.
+        """
+        if num_workers < 1:
+            raise ValueError(f"num_workers is {num_workers}, expected at least 1")
+        self.num_workers, self.timeout_s, self.memory_bytes = num_workers, timeout_s, memory_bytes
+        self._tasks: queue.SimpleQueue[_Task[Any] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._workers: set[_Worker] = set()
+        self._is_closed = self._is_cancelled = False
+        # daemons: a pool that nobody closed must not keep the interpreter from ending
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"decode-{i}", daemon=True)
+            for i in range(num_workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, request: ClipRequest) -> Future[Clip]:
+        """Hash a file and read the frames that the model is to see."""
+
+        def run(owner: _Owner) -> Clip:
+            # two requests, so that hashing a large file does not eat the decoder's time
+            state = self._hash(owner, request.path)
+            header = {"op": "clip", "state": asdict(state), **wire.pack_request(request)}
+            return wire.unpack_clip(*owner.ask(header, self.timeout_s, "decoding"))
+
+        return self._submit(run)
+
+    def submit_probe(self, path: str, kind: str) -> Future[Probe]:
+        """Tell what a file is and how long."""
+
+        def run(owner: _Owner) -> Probe:
+            header = {"op": "probe", "path": path, "kind": kind}
+            return Probe(**owner.ask(header, self.timeout_s, "looking into the file")[0])
+
+        return self._submit(run)
+
+    def submit_hash(self, path: str) -> Future[FileState]:
+        """Tell a file's size, time and SHA-256."""
+        return self._submit(lambda owner: self._hash(owner, path))
+
+    def worker_pids(self) -> list[int]:
+        """List the processes that are alive now."""
+        with self._lock:
+            return [worker.process.pid for worker in self._workers]
+
+    def close(self, cancel: bool = True) -> None:
+        """End all workers; with `cancel` at once, as `with` does, else when all work is done.
+
+        The futures of work that was cancelled raise `concurrent.futures.CancelledError`.
+        """
+        with self._lock:
+            is_first, self._is_closed = not self._is_closed, True
+            self._is_cancelled |= cancel
+            if self._is_cancelled:
+                for worker in self._workers:
+                    worker.kill()
+        if is_first:
+            for _ in self._threads:
+                self._tasks.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _hash(self, owner: "_Owner", path: str) -> FileState:
+        size_bytes = owner.ask({"op": "stat", "path": path}, self.timeout_s, "opening")[0][
+            "size_bytes"
+        ]
+        limit_s = self.timeout_s + size_bytes / _HASH_BYTES_PER_S
+        return FileState(**owner.ask({"op": "hash", "path": path}, limit_s, "reading the file")[0])
+
+    def _submit(self, run: "Callable[[_Owner], T]") -> Future[T]:
+        future: Future[T] = Future()
+        with self._lock:
+            if self._is_closed:
+                raise RuntimeError("the pool is closed")
+            self._tasks.put(_Task(future, run))
+        return future
+
+    def _serve(self) -> None:
+        owner = _Owner(self)
+        try:
+            while (task := self._tasks.get()) is not None:
+                if self._is_cancelled:
+                    task.future.cancel()
+                task.finish(owner)
+        finally:
+            owner.drop()
+
+    def _start(self) -> _Worker:
+        if self._is_cancelled:
+            raise CancelledError
+        worker = _Worker(self.memory_bytes)
+        with self._lock:
+            self._workers.add(worker)
+            if self._is_cancelled:  # closed meanwhile: `close` has not seen this one
+                worker.kill()
+        return worker
+
+    def _stop(self, worker: _Worker) -> None:
+        worker.stop()
+        with self._lock:
+            self._workers.discard(worker)
+
+
+class _Owner:
+    """What one thread knows of its worker: replaces it when lost, tries a request twice."""
+
+    def __init__(self, pool: DecodePool) -> None:
+        self.pool = pool
+        self.worker: _Worker | None = None
+
+    def ask(
+        self, header: dict[str, Any], limit_s: float, what: str
+    ) -> tuple[dict[str, Any], bytearray]:
+        reason = ""
+        for _ in range(2):
+            try:
+                return self._ready_worker().ask(header, limit_s)
+            except TimeoutError as error:
+                self.drop()
+                message = f"{what} took longer than {limit_s:.4g} s"
+                raise InputError(message, kind="timeout", stage="decode") from error
+            except _WorkerDied as died:
+                self.drop()
+                reason = str(died)
+                if self.pool._is_cancelled:
+                    raise CancelledError from died
+        message = f"{what} ended the decoder twice ({reason})"
+        raise InputError(message, kind="worker-died", stage="decode")
+
+    def drop(self) -> None:
+        if self.worker is not None:
+            self.pool._stop(self.worker)
+            self.worker = None
+
+    def _ready_worker(self) -> _Worker:
+        if self.worker is not None and self.worker.num_requests >= _MAX_REQUESTS:
+            self.drop()
+        if self.worker is None:
+            self.worker = self.pool._start()
+            self.worker.wait_ready()
+        return self.worker
+
+
+@dataclass(frozen=True)
+class _Task(Generic[T]):
+    future: Future[T]
+    run: Callable[[_Owner], T]
+
+    def finish(self, owner: _Owner) -> None:
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            result = self.run(owner)
+        except BaseException as error:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(result)
+
+
+def _command(socket_fd: int, memory_bytes: int) -> list[str]:
+    module = "vla2cli.media.worker"
+    arguments = [str(socket_fd), str(os.getpid()), str(memory_bytes)]
+    return [sys.executable, "-P", "-m", module, *arguments]

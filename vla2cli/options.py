@@ -1,0 +1,149 @@
+"""The flags of all commands, each named once; the same flag means the same everywhere.
+
+A value comes from the flag, else from `VLA2_<FLAG>`, else from the `--config` file, else it is the
+default that `--help` shows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from vla2cli.config import DEFAULT_MAX_NEW_TOKENS, read_config_file
+from vla2cli.errors import UsageError
+
+
+def _option(*names: str, help: str, env: bool = True, **more: Any) -> Any:
+    variable = "VLA2_" + names[0].split("/")[0].lstrip("-").replace("-", "_").upper()
+    return typer.Option(*names, help=help, envvar=variable if env else None, **more)
+
+
+def _use_config(ctx: typer.Context, path: Path | None) -> Path | None:
+    """Make the file's settings the defaults of this command; runs before other flags are read."""
+    if path is not None:
+        known = {p.name for p in ctx.command.params if p.name} - {"config", "help"}
+        ctx.default_map = dict(read_config_file(path, known))
+    return path
+
+
+def parse_time(text: str | None) -> float | None:
+    """Read seconds, or `[hours:]minutes:seconds`.
+
+    Raises:
+        UsageError: the text is no time.
+    """
+    if text is None:
+        return None
+    seconds = 0.0
+    try:
+        parts = [float(part) for part in text.split(":")]
+    except ValueError:
+        parts = [-1.0]
+    if len(parts) > 3 or not all(0 <= part < float("inf") for part in parts):
+        raise UsageError(f"'{text}' is no time; expected seconds like 12.5, or 1:02:03")
+    for part in parts:
+        seconds = seconds * 60 + part
+    return seconds
+
+
+Paths = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="PATH...",
+        help="Files, folders (searched to any depth), globs, or - for a list on stdin.",
+        show_default=False,
+    ),
+]
+Config = Annotated[
+    Path | None,
+    _option(
+        "--config",
+        help="YAML file of settings, named like the long flags.",
+        is_eager=True,
+        callback=_use_config,
+    ),
+]
+
+# the model
+Model = Annotated[
+    str | None, _option("--model", "-m", help="Checkpoint: a folder or a hub id (owner/name).")
+]
+Revision = Annotated[
+    str | None, _option("--revision", help="Commit, tag or branch of a model on the hub.")
+]
+HubDir = Annotated[
+    Path | None,
+    _option("--hub-dir", help="Folder that holds models as owner/name; looked into first."),
+]
+Offline = Annotated[bool, _option("--offline", help="Never use the network.")]
+Device = Annotated[str, _option("--device", help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "float16", "bfloat16"],
+    _option("--dtype", help="auto is float32 on the CPU and bfloat16 on CUDA."),
+]
+Batch = Annotated[int, _option("--batch", help="Prompts that are answered together.")]
+
+# what of a file is looked at
+Modality = Annotated[
+    Literal["auto", "video", "image", "audio", "av"],
+    _option("--modality", help="Which kinds of files, and what of them."),
+]
+Start = Annotated[
+    str | None, _option("--start", help="Begin here: seconds, or [hours:]minutes:seconds.")
+]
+End = Annotated[str | None, _option("--end", help="End here, in the same form.")]
+Frames = Annotated[
+    int | None, _option("--frames", help="Frames of each video, 1 to 32; the model's by default.")
+]
+Decoder = Annotated[
+    Literal["pyav", "decord"],
+    _option("--decoder", help="decord repeats the reference where it reads wrong frames, too."),
+]
+DecodeTimeout = Annotated[
+    float, _option("--decode-timeout", help="Seconds that one file may take to decode.")
+]
+DecodeMemory = Annotated[
+    float, _option("--decode-memory", help="GB of memory that one file may take to decode.")
+]
+Workers = Annotated[
+    int | None, _option("--workers", help="Decoding processes; by default one for each core.")
+]
+
+# how the model goes on
+MaxNewTokens = Annotated[
+    int, _option("--max-new-tokens", help="A longer text is cut; finish_reason says so.")
+]
+Temperature = Annotated[float, _option("--temperature", help="0 is greedy; above 0 samples.")]
+TopP = Annotated[
+    float | None, _option("--top-p", help="Sample from this share of probability; 0.9 by default.")
+]
+TopK = Annotated[
+    int | None,
+    _option("--top-k", help="Sample from so many tokens; the checkpoint's or 50 by default."),
+]
+Seed = Annotated[int, _option("--seed", help="Of sampling; no batch size changes its texts.")]
+
+# the output
+Output = Annotated[
+    str | None,
+    _option("--output", "-o", help="Ledger to append to; what it holds is not run again."),
+]
+Force = Annotated[
+    bool, _option("--force", "-f", help="Begin anew; the old output becomes FILE.bak-N.")
+]
+RetryErrors = Annotated[
+    bool, _option("--retry-errors", help="Try files again that have an error record.")
+]
+DryRun = Annotated[
+    bool, _option("--dry-run", "-n", help="Say what would be done, as JSON Lines, and end.")
+]
+Json = Annotated[bool, _option("--json", help="JSON Lines on stdout, at a terminal too.")]
+Quiet = Annotated[bool, _option("--quiet", "-q", help="Nothing on stderr but what ends the run.")]
+Verbose = Annotated[bool, _option("--verbose", "-v", help="Say more on stderr.")]
+Debug = Annotated[bool, _option("--debug", help="Show the traceback of what went wrong.")]
+
+DEFAULT_DECODE_TIMEOUT = 60.0  # seconds
+DEFAULT_DECODE_MEMORY = 4.0  # GB
+DEFAULT_TOKENS = DEFAULT_MAX_NEW_TOKENS
