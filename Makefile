@@ -5,11 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint clean
 
 demo: $(READY)
 	$(BIN)/python -m vla2_models.miniature .demo/hub
-	$(BIN)/vla2 caption examples/ --hub-dir .demo/hub --model vla2/miniature-7B --max-new-tokens 24
+	$(BIN)/vla2 caption examples/ --hub-dir .demo/hub --model vla2/miniature-7B \
+		--max-new-tokens 24 --output .demo/captions.jsonl --force
+	$(BIN)/python examples/show.py .demo/captions.jsonl
 
 test: $(READY) lint
 	$(BIN)/python -m pytest -q

@@ -17,6 +17,11 @@ from vla2cli.console import Console, count, print_data, print_text
 from vla2cli.errors import UsageError, Vla2Error
 from vla2cli.run import RunOptions, run_batch
 
+# where `make demo` puts the model that the help's examples use
+DEMO_HUB = "--hub-dir .demo/hub"
+DEMO_MODEL = "vla2/miniature-7B"
+DEMO = f"{DEMO_HUB} -m {DEMO_MODEL}"
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -27,7 +32,7 @@ app = typer.Typer(
 
 
 def _epilog(*examples: str) -> str:
-    return "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
+    return "\b\nExamples (after make demo):\n" + "\n".join(f"  {example}" for example in examples)
 
 
 def _print_version(ctx: typer.Context, is_asked: bool) -> None:
@@ -60,8 +65,8 @@ def vla2(
 
 @app.command(
     epilog=_epilog(
-        "vla2 caption examples/01.mp4 --model DAMO-NLP-SG/VideoLLaMA2-7B",
-        "vla2 caption examples/ --model DAMO-NLP-SG/VideoLLaMA2-7B-16F -o captions.jsonl",
+        f"vla2 caption examples/01.mp4 {DEMO}",
+        f"vla2 caption examples/ {DEMO} -o .demo/captions.jsonl",
     )
 )
 def caption(
@@ -116,9 +121,8 @@ def caption(
 
 @app.command(
     epilog=_epilog(
-        'vla2 ask examples/01.mp4 "What moves?" --model DAMO-NLP-SG/VideoLLaMA2-7B',
-        'vla2 ask examples/01.mp4 "What moves?" --then "Which way?" '
-        "--model DAMO-NLP-SG/VideoLLaMA2-7B",
+        f'vla2 ask examples/01.mp4 "What moves?" {DEMO}',
+        f'vla2 ask examples/01.mp4 "What moves?" --then "Which way?" {DEMO}',
     )
 )
 def ask(
@@ -184,9 +188,8 @@ def ask(
 
 @app.command(
     epilog=_epilog(
-        "vla2 features examples/01.mp4 --model DAMO-NLP-SG/VideoLLaMA2-7B -o features/",
-        "vla2 features examples/ --tensors projector_tokens "
-        "--model DAMO-NLP-SG/VideoLLaMA2-7B -o features/",
+        f"vla2 features examples/01.mp4 -o .demo/features {DEMO}",
+        f"vla2 features examples/ --tensors projector_tokens -o .demo/tokens {DEMO}",
     )
 )
 def features(
@@ -254,7 +257,7 @@ def features(
 
 
 @app.command(
-    epilog=_epilog("vla2 models", "vla2 models checkpoints/VideoLLaMA2-7B --json"),
+    epilog=_epilog(f"vla2 models {DEMO_HUB}", f"vla2 models {DEMO_MODEL} {DEMO_HUB}"),
 )
 def models(
     name: Annotated[
@@ -268,7 +271,7 @@ def models(
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
 ) -> None:
-    """List the checkpoints on this disk, or check one without reading its weights."""
+    """List the checkpoints on this disk, or check one by its headers."""
     from vla2_models.hub import Source
     from vla2cli.facts import describe_checkpoint, find_checkpoints
 
@@ -288,7 +291,7 @@ def models(
 
 
 @app.command(
-    epilog=_epilog("vla2 verify captions.jsonl", "vla2 verify captions.jsonl --hash --json")
+    epilog=_epilog("vla2 verify .demo/captions.jsonl", "vla2 verify .demo/captions.jsonl --hash")
 )
 def verify(
     ledger: Annotated[Path, typer.Argument(help="JSON Lines file that vla2 wrote.")],
@@ -305,7 +308,7 @@ def verify(
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Look for errors, doubtful texts, broken lines and changed files in a ledger."""
+    """Find errors, doubtful texts and changed files in a ledger."""
     from vla2cli.verify import verify as look
 
     verification = look(ledger, check_files=files, rehash=rehash, root=root)

@@ -40,9 +40,16 @@ class Console:
         if self.verbose:
             self._print(message)
 
-    def watch(self, job: Job, total: int) -> Watch:
-        """Follow a job of `total` records; a bar at a terminal, nothing elsewhere."""
-        has_bar = total > 1 and not self.quiet and sys.stderr.isatty()
+    def watch(self, job: Job, total: int, *, is_shown: bool) -> Watch:
+        """Follow a job of `total` records: a bar at a terminal, nothing elsewhere.
+
+        Args:
+            job: how busy its stages are stands beside the bar.
+            total: records that it will make.
+            is_shown: the records themselves go to stdout; at a terminal they would tear the bar.
+        """
+        is_free = sys.stderr.isatty() and not (is_shown and sys.stdout.isatty())
+        has_bar = is_free and total > 1 and not self.quiet
         return Watch(self, job, total, has_bar=has_bar)
 
 

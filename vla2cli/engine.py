@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from vla2_models.checkpoint import Checkpoint, load_model, open_checkpoint
@@ -25,6 +23,7 @@ from vla2cli.engines import eager as language_engine
 from vla2cli.engines.eager import Generation, generate
 from vla2cli.errors import ModelError, UsageError
 from vla2cli.frontend.eager import EagerFrontend
+from vla2cli.media.records import Clip
 from vla2cli.preprocess import FrameGeometry, normalise
 from vla2cli.prompt import Prompt, Turn, build_prompt
 from vla2cli.tokenizer import Tokenizer, load_tokenizer
@@ -160,14 +159,21 @@ class Engine:
         """Join the user's choice with what the checkpoint's files ask for."""
         return resolve_generation(choice, self.checkpoint.folder, self.tokenizer.eos_token_id)
 
-    def pixel_values(self, frames: NDArray[np.uint8]) -> Tensor:
-        """Normalise fitted frames: (T, S, S, 3) uint8 -> (T, 3, S, S) float32."""
-        return torch.from_numpy(normalise(frames, self.geometry))
+    def pixel_values(self, clip: Clip) -> Tensor:
+        """Normalise the fitted frames of a clip: (T, 3, S, S) float32."""
+        return torch.from_numpy(normalise(clip.frames, self.geometry))
 
-    def encode(self, clips: Sequence[NDArray[np.uint8]]) -> list[Tensor]:
-        """Turn the fitted frames of several clips into (num_tokens, D) visual tokens each."""
-        pixel_values = [self.pixel_values(frames) for frames in clips]
-        return self.frontend.visual_tokens(self.frontend.vision_features(pixel_values))
+    def vision_features(self, clips: Sequence[Clip]) -> list[Tensor]:
+        """Run the tower on several clips: (T, N, C) each, an image's one frame repeated T times."""
+        features = self.frontend.vision_features([self.pixel_values(clip) for clip in clips])
+        return [
+            self.model.repeat_image(of_clip) if clip.kind == "image" else of_clip
+            for of_clip, clip in zip(features, clips, strict=True)
+        ]
+
+    def encode(self, clips: Sequence[Clip]) -> list[Tensor]:
+        """Turn several clips into (num_tokens, D) visual tokens each."""
+        return self.frontend.visual_tokens(self.vision_features(clips))
 
     def prompt(self, ask: Ask) -> Prompt:
         """Render and tokenise what is asked."""

@@ -161,14 +161,12 @@ def compute(
     made: dict[str, Tensor] = {
         "frame_indices": torch.tensor(clip.indices, dtype=torch.long),
         "timestamps_s": torch.tensor(clip.timestamps_s, dtype=torch.float64),
-        "pixel_values": engine.pixel_values(clip.frames),
+        "pixel_values": engine.pixel_values(clip),
     }
     if "vision_features" in reach:
-        (features,) = engine.frontend.vision_features([made["pixel_values"]])
-        # a picture stands for all frames
-        num_frames = engine.checkpoint.config.num_frames if clip.kind == "image" else len(features)
-        made["vision_features"] = features.expand(num_frames, -1, -1)
-        made["projector_tokens"] = engine.frontend.visual_tokens([features])[0][None]
+        features = engine.vision_features([clip])
+        made["vision_features"] = features[0]
+        made["projector_tokens"] = engine.frontend.visual_tokens(features)[0][None]
     if "input_ids" in reach:
         made |= _prompt_tensors(engine, ask, made["projector_tokens"][0])
     if "first_logits" in reach:

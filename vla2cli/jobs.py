@@ -469,7 +469,7 @@ class Job:
         self, clips: list[tuple[Work, Clip]]
     ) -> Iterator[tuple[tuple[Work, Clip], Tensor | InputError, float]]:
         started = time.perf_counter()
-        encoded = in_parts(self.engine.encode, [clip.frames for _, clip in clips], "encode")
+        encoded = in_parts(self.engine.encode, [clip for _, clip in clips], "encode")
         encode_s = time.perf_counter() - started
         self.busy_s["tower"] += encode_s
         for row, tokens in zip(clips, encoded, strict=True):

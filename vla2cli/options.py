@@ -51,7 +51,7 @@ def parse_time(text: str | None) -> float | None:
 Paths = Annotated[
     list[str],
     typer.Argument(
-        metavar="PATH...",
+        metavar="PATH",
         help="Files, folders (searched to any depth), globs, or - for a list on stdin.",
         show_default=False,
     ),

@@ -73,7 +73,7 @@ def build_prompt(
 
     Raises:
         UsageError: a question holds the placeholder itself.
-        ModelError: the template refuses the conversation.
+        ModelError: the template refuses the conversation, fails, or drops the clip's place.
     """
     placeholder = "" if modality == "text" else f"<{modality}>"
     for text in [*(turn.question for turn in history), question]:
@@ -97,11 +97,11 @@ def tokenize(tokenizer: Tokenizer, text: str, placeholder: str) -> list[int]:
     """Tokenise the chunks around the placeholder, each by itself, and join them with its id."""
     if not placeholder:
         return tokenizer.encode(text)
-    first, *rest = text.split(placeholder)
-    ids = tokenizer.encode(first)
-    for chunk in rest:
-        ids += [PLACEHOLDER_IDS[placeholder], *tokenizer.encode(chunk)]
-    return ids
+    # the first one is the clip's; a later one is a word that the model itself said in `history`
+    before, found, after = text.partition(placeholder)
+    if not found:
+        raise ModelError(f"the checkpoint's chat template drops '{placeholder}', the clip's place")
+    return [*tokenizer.encode(before), PLACEHOLDER_IDS[placeholder], *tokenizer.encode(after)]
 
 
 def _messages(
@@ -128,7 +128,8 @@ def _render(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
         )
-    except TemplateError as error:
+    # the last four: what a template's own arithmetic and look-ups run into
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise ModelError(f"the checkpoint's chat template refuses the prompt: {error}") from error
     # the texts of all conversations, then spans that were not asked for
     text: str = rendered[0][0]

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vla2cli.jobs import Job, Plan, Record, Sampling, Task, Totals, Work
 
 MAX_FRAMES = 32  # upstream cuts a longer list without a word
+LONG_BYTES = 1e9  # reading more takes seconds: say so
 NOUNS = {"caption": "caption", "ask": "answer", "features": "feature file"}
 PUBLIC_MODELS = ("DAMO-NLP-SG/VideoLLaMA2-7B", "DAMO-NLP-SG/VideoLLaMA2-7B-16F")
 AV_MODEL = "DAMO-NLP-SG/VideoLLaMA2.1-7B-AV"
@@ -198,6 +199,7 @@ def run_batch(
         found = find_items(paths, modality=options.modality)
         engine = open_engine(options, console)
         items = usable_items(found, options, console)
+        check_questions(task, items)
         ledger = None
         if ledger_path is not None and not options.dry_run:
             ledger = stack.enter_context(Ledger.open(ledger_path, force=options.force))
@@ -213,6 +215,7 @@ def run_batch(
         job = Job(
             engine, task, options.sampling(engine), settings, pool, ledger, batch=options.batch
         )
+        _note_hashing(engine, console)
         lookup = read_index(ledger_path).get if ledger_path and options.dry_run else None
         plan = job.plan(items, lookup=lookup, retry_errors=options.retry_errors)
         plan = _without_missing(plan, is_missing)
@@ -235,10 +238,14 @@ def open_engine(options: RunOptions, console: Console) -> Engine:
             f"no model: give --model FOLDER, or a hub id like --model {PUBLIC_MODELS[0]}"
         )
     console.note(f"loading '{options.model}' …")
-    from vla2_models.checkpoint import open_checkpoint
+    from vla2_models.checkpoint import check_weights, open_checkpoint
     from vla2_models.hub import Source
     from vla2cli.engine import Engine
 
+    if console.quiet:
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()
     source = Source(options.hub_dir, options.offline)
     checkpoint = open_checkpoint(options.model, source, revision=options.revision)
     if options.modality in ("audio", "av"):
@@ -246,6 +253,8 @@ def open_engine(options: RunOptions, console: Console) -> Engine:
             f"--modality {options.modality} needs a model with an audio branch; "
             f"{options.model} has none (try {AV_MODEL})"
         )
+    # by the headers, in a moment: a wrong folder is refused before the output is touched
+    check_weights(checkpoint)
     if checkpoint.config.is_demo:
         console.note(
             f"vla2: '{options.model}' is a demonstration model with random weights: its words "
@@ -291,10 +300,32 @@ def _describe_note(note: Note, modality: str) -> str:
     return ", ".join(parts) or f"no video or image (looked at {count(note.looked_at, 'file')})"
 
 
+def check_questions(task: Task, items: Sequence[Item]) -> None:
+    """Refuse questions that hold a placeholder, before the first clip is decoded.
+
+    Raises:
+        UsageError: naming the question.
+    """
+    from vla2cli.jobs import modality_of
+    from vla2cli.prompt import check_question
+
+    for modality in {modality_of(item) for item in items}:
+        for question in (question for turns in task.conversations for question in turns):
+            check_question(question, modality)
+
+
+def _note_hashing(engine: Engine, console: Console) -> None:
+    from vla2_models.fingerprint import is_remembered
+
+    size_bytes = engine.checkpoint.size_bytes
+    if size_bytes > LONG_BYTES and not is_remembered(engine.checkpoint.weight_files()):
+        console.note(f"hashing {format_size(size_bytes)} of weights, once …")
+
+
 def load_weights(engine: Engine, console: Console) -> None:
     """Read the weights, saying how much there is to read when that takes a while."""
     size_bytes = engine.checkpoint.size_bytes
-    if size_bytes > 1e9:
+    if size_bytes > LONG_BYTES:
         console.note(f"reading {format_size(size_bytes)} of weights …")
     started = time.perf_counter()
     engine.load_weights()
@@ -393,7 +424,7 @@ def _follow(
     num_todo = plan.count(plan.todo)
     started = time.monotonic()
     stop.is_running = True
-    with console.watch(job, num_todo) as watch:
+    with console.watch(job, num_todo, is_shown=ledger_path is None) as watch:
         for record in run(job, plan.todo, stop):
             totals.add(record)
             show(record)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, MistralConfig
 
 from .errors import CheckpointError
@@ -85,15 +86,16 @@ def read_config(folder: Path, tower_folder: Path) -> CheckpointConfig:
     vision = vision.get("vision_config", vision)
     projector_type = raw.get("mm_projector_type", "linear")
     _refuse_unsupported(folder, raw, projector_type)
+    tower = _parse(CLIPVisionConfig, vision, tower_folder)
     config = CheckpointConfig(
         model_type=raw["model_type"],
         language=_language_config(folder, raw),
-        vision=_parse(CLIPVisionConfig, vision, tower_folder),
+        vision=tower,
         preprocessor=read_json(tower_folder / "preprocessor_config.json"),
         projector_type=projector_type,
         mm_vision_tower=tower_name(folder, raw),
         num_frames=_positive(folder, raw, "num_frames", DEFAULT_NUM_FRAMES),
-        num_tower_blocks=_tower_blocks(folder, raw, vision["num_hidden_layers"]),
+        num_tower_blocks=_tower_blocks(folder, raw, tower.num_hidden_layers),
         is_demo=bool(raw.get(DEMO_KEY, False)),
     )
     wanted = raw.get("mm_hidden_size", config.mm_hidden_size)
@@ -125,7 +127,7 @@ def _language_config(folder: Path, raw: Mapping[str, Any]) -> MistralConfig:
 def _parse(config_class: Any, fields: Mapping[str, Any], folder: Path) -> Any:
     try:
         return config_class.from_dict(dict(fields))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"'{folder}/config.json' is not understood: {reason}") from error
 

@@ -11,14 +11,17 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+_Entry = list[int | str]  # size in bytes, time of change in ns, SHA-256
 
 
-def cache_folder() -> Path:
-    """Return the folder for what vla2 remembers between runs: `$XDG_CACHE_HOME/vla2`."""
+def default_cache() -> Path:
+    """Return the file that remembers hashes between runs: `$XDG_CACHE_HOME/vla2/weights.json`."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "vla2"
+    return Path(root) / "vla2" / "weights.json"
 
 
 def hash_weights(files: Iterable[Path], cache: Path | None = None) -> str:
@@ -31,26 +34,38 @@ def hash_weights(files: Iterable[Path], cache: Path | None = None) -> str:
     Returns:
         64 hexadecimal digits of SHA-256.
     """
-    cache = cache or cache_folder() / "weights.json"
+    cache = cache or default_cache()
     known = _read_cache(cache)
+    fresh: dict[str, _Entry] = {}
     total = hashlib.sha256()
-    fresh = False
     for path in sorted(files, key=lambda path: path.name):
-        stat = path.stat()
-        entry = [stat.st_size, stat.st_mtime_ns]
-        remembered = known.get(str(path.resolve()))
-        if not remembered or remembered[:2] != entry:
+        digest = _recall(known, path)
+        if digest is None:
             with path.open("rb") as file:
-                remembered = [*entry, hashlib.file_digest(file, "sha256").hexdigest()]
-            known[str(path.resolve())] = remembered
-            fresh = True
-        total.update(f"{path.name}\0{remembered[2]}\0".encode())
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            stat = path.stat()
+            fresh[str(path.resolve())] = [stat.st_size, stat.st_mtime_ns, digest]
+        total.update(f"{path.name}\0{digest}\0".encode())
     if fresh:
-        _write_cache(cache, known)
+        _write_cache(cache, {**known, **fresh})
     return total.hexdigest()
 
 
-def _read_cache(path: Path) -> dict[str, list[int | str]]:
+def is_remembered(files: Iterable[Path], cache: Path | None = None) -> bool:
+    """Tell whether `hash_weights` would read none of the files."""
+    known = _read_cache(cache or default_cache())
+    return all(_recall(known, path) for path in files)
+
+
+def _recall(known: Mapping[str, Any], path: Path) -> str | None:
+    stat = path.stat()
+    match known.get(str(path.resolve())):
+        case [stat.st_size, stat.st_mtime_ns, str(digest)]:
+            return digest
+    return None
+
+
+def _read_cache(path: Path) -> dict[str, _Entry]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -58,7 +73,7 @@ def _read_cache(path: Path) -> dict[str, list[int | str]]:
     return content if isinstance(content, dict) else {}
 
 
-def _write_cache(path: Path, content: dict[str, list[int | str]]) -> None:
+def _write_cache(path: Path, content: dict[str, _Entry]) -> None:
     # only a convenience: a read-only home costs a second hashing, not the run
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

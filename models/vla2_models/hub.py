@@ -92,6 +92,8 @@ def shard_names(folder: Path) -> list[str]:
 
 
 def _locate_here(name: str, source: Source) -> Path | None:
+    if not name:  # not the current folder
+        return None
     candidates = [Path(name).expanduser()]
     if source.hub_dir is not None:
         candidates.append(source.hub_dir / name)
@@ -146,12 +148,15 @@ def _snapshot(
             return None
         raise CheckpointError(f"'{name}' could not be fetched: {error}") from error
     # a snapshot that an interrupted download left without its files is as good as none
-    return None if cached_only and not _is_complete(folder) else folder
+    return None if cached_only and not _is_complete(folder, files) else folder
 
 
-def _is_complete(folder: Path) -> bool:
-    try:
-        names = {"config.json", *shard_names(folder)}
-    except CheckpointError:
-        return False
+def _is_complete(folder: Path, files: list[str]) -> bool:
+    names = {name for name in files if "*" not in name}
+    if not names:  # a whole checkpoint
+        try:
+            weights = shard_names(folder) or ["model.safetensors"]
+        except CheckpointError:
+            return False
+        names = {"config.json", "tokenizer_config.json", *weights}
     return all((folder / name).exists() for name in names)

@@ -170,8 +170,8 @@ def _fill(model: VideoLLaMA2, generator: torch.Generator) -> None:
 def _scale(name: str, weight: Tensor) -> float:
     if name.endswith(("embed_tokens.weight", "position_embedding.weight")):
         return 1.0
-    # twice as large at the end, for likely words
-    gain = 3.0 if name.endswith("lm_head.weight") else 1.0
+    # larger at the ends: for visual tokens that tell clips apart, and for likely words
+    gain = 3.0 if name.endswith(("lm_head.weight", "readout.2.weight")) else 1.0
     return gain / math.sqrt(math.prod(weight.shape[1:]))
 
 

@@ -81,14 +81,19 @@ class VideoLLaMA2(nn.Module):
         features: Tensor = hidden_states[:, 1:]
         return features
 
+    def repeat_image(self, features: Tensor) -> Tensor:
+        """Let the (1, N, C) features of an image stand for all the frames of a video.
+
+        The reference runs the tower on as many copies of the image; the values are the same.
+        """
+        return features.expand(self.config.num_frames, -1, -1)
+
     def project(self, features: Tensor) -> Tensor:
-        """Run the connector on (B, T, N, C) features; an image's one frame stands for all T.
+        """Run the connector on (B, T, N, C) features.
 
         Returns:
             (B, num_tokens, D) visual tokens.
         """
-        if features.shape[1] == 1:
-            features = features.expand(-1, self.config.num_frames, -1, -1)
         tokens: Tensor = self.mm_projector(features)
         return tokens
 
