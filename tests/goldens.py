@@ -1,0 +1,99 @@
+"""Where the reference's numbers are: the part in this repository, else the optional full set."""
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vla2cli.engine import Engine
+from vla2cli.preprocess import normalise
+
+torch.set_num_threads(1)  # as in tests/tiny.py
+
+HERE = Path(__file__).parent
+SHARED = Path(os.environ.get("VLA2_SHARED", HERE.parents[1] / "shared")).resolve()
+
+# how far our float32 results may be from the reference's: about ten times the spread between
+# attention implementations, and between float32 and float64, that was measured on the reference
+ATOL = {
+    "pixel_values": 1e-6,
+    "vision_features": 1e-4,
+    "projector_tokens": 2e-4,
+    "inputs_embeds": 2e-4,
+    "first_logits": 2e-4,
+    "step_logits": 2e-4,
+}
+
+
+def assert_stages_match(title, found, expected):
+    """Print the worst difference of each stage (`pytest -s` shows them), then hold it to `ATOL`."""
+    for stage, tensor in found.items():
+        worst = (tensor - expected[stage]).abs().max()
+        print(f"\n{title:30} {stage:17} {worst:.1e}", end="")  # noqa: T201  a table for people
+    for stage, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[stage], atol=ATOL[stage], rtol=0)
+
+
+def golden(relative):
+    """Return the path of a golden file or folder; skip the test where there is none."""
+    return _find(relative, [HERE / "golden", SHARED / "golden/vision"])
+
+
+def media(name):
+    """Return the path of a real clip; skip the test where there is none."""
+    return _find(name, [SHARED / "media"])
+
+
+def spec(name):
+    """Return the path of a table about the public checkpoints; skip where there is none."""
+    return _find(name, [SHARED / "spec"])
+
+
+def runs_of(case):
+    return json.loads(golden(f"data/{case}.json").read_text(encoding="utf-8"))["runs"]
+
+
+def tensors_of(case, run):
+    return load_file(golden(f"data/{case}.{run}.safetensors"))
+
+
+@functools.cache
+def golden_engine(case):
+    """An engine on a golden checkpoint, in float32 on the CPU; not to be changed."""
+    folder = golden(f"checkpoints/{case}/generation_config.json").parent
+    hub_dir = folder.parents[1] / "towers"
+    return Engine.load(str(folder), hub_dir=hub_dir, device="cpu", dtype="float32")
+
+
+def pixels_of(case, run):
+    """The stored input of the tower, so that no decoder takes part."""
+    tensors = tensors_of(case, run)
+    if "pixel_values" in tensors:
+        return tensors["pixel_values"]
+    stored = np.load(golden(f"data/{case}.{run}.crop_u8.npz"))
+    assert stored["frame_slots"].tolist() == list(range(len(tensors["frame_indices"])))
+    crops = np.ascontiguousarray(stored["crop_u8"].transpose(0, 2, 3, 1))
+    pixel_values = torch.from_numpy(normalise(crops, golden_engine(case).geometry))
+    first = tensors["pixel_values_frame0"]
+    torch.testing.assert_close(pixel_values[:1], first, atol=ATOL["pixel_values"], rtol=0)
+    return pixel_values
+
+
+def features_of(case, run):
+    """What our tower makes of the stored pixels: (T, N, C)."""
+    engine = golden_engine(case)
+    (features,) = engine.frontend.vision_features([pixels_of(case, run)])
+    is_image = runs_of(case)[run]["modal"] == "image"
+    return engine.model.repeat_image(features) if is_image else features
+
+
+def _find(relative, folders):
+    for folder in folders:
+        if (folder / relative).exists():
+            return folder / relative
+    pytest.skip(f"no '{relative}': set VLA2_SHARED to the folder with golden/, media/ and spec/")

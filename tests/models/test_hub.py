@@ -1,0 +1,160 @@
+import shutil
+
+import pytest
+from huggingface_hub import constants
+
+from tests.tiny import write_json, write_tiny
+from vla2_models.checkpoint import open_checkpoint
+from vla2_models.errors import CheckpointError
+from vla2_models.hub import TOWER_FILES, Source, locate, shard_names
+from vla2_models.miniature import MODEL_ID, TOWER_ID
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OTHER = "89abcdef0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture(autouse=True)
+def hub_cache(tmp_path, monkeypatch):
+    """An empty hub cache, and no way out of this machine."""
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return folder
+
+
+@pytest.fixture
+def hub_dir(tmp_path):
+    write_tiny(tmp_path / "hub")
+    return tmp_path / "hub"
+
+
+def fill_cache(hub_cache, hub_dir, name, commit=COMMIT, ref="main"):
+    """Lay a folder out as huggingface_hub keeps what it has fetched."""
+    repo = hub_cache / ("models--" + name.replace("/", "--"))
+    snapshot = repo / "snapshots" / commit
+    shutil.copytree(hub_dir / name, snapshot)
+    (repo / "refs").mkdir(exist_ok=True)
+    (repo / "refs" / ref).write_text(commit)
+    return snapshot
+
+
+def refusal(name, source=None, **kwargs):
+    with pytest.raises(CheckpointError) as caught:
+        locate(name, source or Source(), **kwargs)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert name in line
+    return line
+
+
+def test_path_is_taken_as_it_is(hub_dir):
+    found = locate(str(hub_dir / MODEL_ID), Source())
+    assert (found.id, found.folder) == (str(hub_dir / MODEL_ID), hub_dir / MODEL_ID)
+    assert found.revision is None
+
+
+def test_path_comes_before_the_hub_dir(hub_dir, tmp_path, monkeypatch):
+    shutil.copytree(hub_dir / MODEL_ID, tmp_path / "here" / MODEL_ID)
+    monkeypatch.chdir(tmp_path / "here")
+    found = locate(MODEL_ID, Source(hub_dir))
+    assert found.folder.resolve() == tmp_path / "here" / MODEL_ID
+
+
+def test_home_is_expanded(hub_dir, monkeypatch):
+    monkeypatch.setenv("HOME", str(hub_dir))
+    assert locate(f"~/{MODEL_ID}", Source()).folder == hub_dir / MODEL_ID
+
+
+def test_hub_dir_comes_before_the_cache(hub_cache, hub_dir):
+    fill_cache(hub_cache, hub_dir, MODEL_ID)
+    found = locate(MODEL_ID, Source(hub_dir))
+    assert (found.id, found.folder, found.revision) == (MODEL_ID, hub_dir / MODEL_ID, None)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_cache_is_used_without_the_hub(hub_cache, hub_dir, offline):
+    snapshot = fill_cache(hub_cache, hub_dir, MODEL_ID)
+    found = locate(MODEL_ID, Source(offline=offline))
+    assert (found.folder, found.revision) == (snapshot, COMMIT)
+
+
+def test_checkpoint_and_tower_both_come_from_the_cache(hub_cache, hub_dir):
+    fill_cache(hub_cache, hub_dir, MODEL_ID)
+    fill_cache(hub_cache, hub_dir, TOWER_ID)
+    checkpoint = open_checkpoint(MODEL_ID, Source(offline=True))
+    assert checkpoint.located.revision == COMMIT
+    assert checkpoint.config.mm_vision_tower == TOWER_ID
+
+
+def test_absent_tower_is_named(hub_cache, hub_dir):
+    fill_cache(hub_cache, hub_dir, MODEL_ID)
+    with pytest.raises(CheckpointError, match=f"'{TOWER_ID}' is not in the hub cache"):
+        open_checkpoint(MODEL_ID, Source(offline=True))
+
+
+@pytest.mark.parametrize("revision", ["v2", OTHER, OTHER[:12]], ids=["tag", "commit", "short"])
+def test_revision_chooses_the_snapshot(hub_cache, hub_dir, revision):
+    fill_cache(hub_cache, hub_dir, MODEL_ID)
+    other = fill_cache(hub_cache, hub_dir, MODEL_ID, commit=OTHER, ref="v2")
+    if revision == OTHER[:12]:  # only the hub knows short commits
+        assert "--offline" in refusal(MODEL_ID, Source(offline=True), revision=revision)
+        return
+    found = locate(MODEL_ID, Source(offline=True), revision=revision)
+    assert (found.folder, found.revision) == (other, OTHER)
+
+
+def test_revision_of_a_folder_is_refused(hub_dir):
+    line = refusal(MODEL_ID, Source(hub_dir), revision="main")
+    assert "is a folder on this disk; --revision is for models from the hub" in line
+
+
+def test_snapshot_without_config_is_as_good_as_none(hub_cache, hub_dir):
+    snapshot = fill_cache(hub_cache, hub_dir, MODEL_ID)
+    (snapshot / "config.json").unlink()
+    assert "--offline forbids fetching it" in refusal(MODEL_ID, Source(offline=True))
+
+
+def test_snapshot_that_lacks_a_shard_is_as_good_as_none(hub_cache, hub_dir):
+    snapshot = fill_cache(hub_cache, hub_dir, MODEL_ID)
+    weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    write_json(snapshot / "model.safetensors.index.json", {"weight_map": weight_map})
+    (snapshot / "model.safetensors").rename(snapshot / "model-00001-of-00002.safetensors")
+    assert "--offline forbids fetching it" in refusal(MODEL_ID, Source(offline=True))
+
+
+def test_snapshot_without_its_single_weight_file_is_as_good_as_none(hub_cache, hub_dir):
+    snapshot = fill_cache(hub_cache, hub_dir, MODEL_ID)
+    (snapshot / "model.safetensors").unlink()
+    assert "--offline forbids fetching it" in refusal(MODEL_ID, Source(offline=True))
+
+
+def test_tower_whose_preprocessor_was_not_fetched_is_as_good_as_none(hub_cache, hub_dir):
+    snapshot = fill_cache(hub_cache, hub_dir, TOWER_ID)
+    assert locate(TOWER_ID, Source(offline=True), files=TOWER_FILES).folder == snapshot
+    (snapshot / "preprocessor_config.json").unlink()
+    assert "--offline" in refusal(TOWER_ID, Source(offline=True), files=TOWER_FILES)
+
+
+def test_offline_message_names_where_it_looked(hub_dir):
+    line = refusal("owner/absent", Source(hub_dir, offline=True))
+    assert f"not in the hub cache or under '{hub_dir}', and --offline forbids fetching it" in line
+
+
+def test_hub_that_cannot_be_reached_is_a_line(hub_cache):
+    assert "the hub cannot be reached" in refusal("owner/absent")
+
+
+@pytest.mark.parametrize(
+    "name", ["absent", "a/b/c", "./absent/folder", "owner/na me", "/absent", ""]
+)
+def test_name_that_is_neither_path_nor_hub_id_is_refused(name):
+    assert f"'{name}' does not exist" in refusal(name)
+
+
+def test_file_instead_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert "does not exist" in refusal(str(tmp_path / "model.safetensors"))
+
+
+def test_folder_without_index_has_no_shards(tmp_path):
+    assert shard_names(tmp_path) == []

@@ -1,0 +1,189 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.goldens import assert_stages_match, features_of, golden_engine, runs_of, spec, tensors_of
+from tests.tiny import load_tiny, tiny_engine, write_json, write_tiny
+from vla2_models.checkpoint import build_empty
+from vla2_models.config import read_config
+from vla2_models.videollama2 import public_name
+from vla2cli.frontend.eager import EagerFrontend
+from vla2cli.media.records import Clip, FileState
+
+RUNS = [
+    *[("mistral_clip_stc_8f", run) for run in ("cap", "qa", "img", "range", "mt", "txt")],
+    ("mistral_clip_stc_16f_336", "cap"),
+]
+
+# Mistral-7B-Instruct-v0.2 and CLIP-L/14-336: the numbers of VideoLLaMA2-7B
+FULL_SIZE = {
+    "model_type": "videollama2_mistral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "mm_projector_type": "stc_connector",
+    "mm_hidden_size": 1024,
+    "mm_vision_select_layer": -2,
+    "num_frames": 8,
+}
+FULL_SIZE_TOWER = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+
+
+@pytest.mark.parametrize(("case", "run"), RUNS, ids=["-".join(run) for run in RUNS])
+def test_every_stage_matches_reference(case, run):
+    engine = golden_engine(case)
+    model = engine.model
+    expected = tensors_of(case, run)
+    about = runs_of(case)[run]
+    found, visual_tokens = {}, []
+    if about["modal"] != "text":
+        # the run of several turns is about the clip of `cap`
+        seen = "cap" if run == "mt" else run
+        expected = {**tensors_of(case, seen), **expected}
+        features = features_of(case, seen)
+        visual_tokens = engine.frontend.visual_tokens([features])
+        assert len(visual_tokens[0]) == about["n_visual_tokens"]
+        found["vision_features"] = features
+        found["projector_tokens"] = visual_tokens[0][None]
+    with torch.inference_mode():
+        embeds = model.splice(expected["input_ids"].tolist(), visual_tokens)
+        found["inputs_embeds"] = embeds
+        found["first_logits"] = model.language_model(inputs_embeds=embeds[None]).logits[0, -1]
+    assert len(embeds) == about["spliced_len"]
+    assert_stages_match(f"{case} {run}", found, expected)
+
+
+def test_tower_gives_the_hidden_state_that_the_config_selects():
+    model = tiny_engine().model
+    frames = torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        states = model.vision_tower(frames, output_hidden_states=True).hidden_states
+        got = model.encode_frames(frames)
+    assert got.shape == (3, 16, 48)
+    torch.testing.assert_close(got, states[-2][:, 1:], atol=1e-5, rtol=1e-5)
+    assert not torch.isclose(got, states[-1][:, 1:], atol=1e-2).all()
+
+
+def random_clip(kind, num_frames, seed=0):
+    """A clip as the media stage hands it on, of random pixels."""
+    frames = np.random.default_rng(seed).integers(0, 256, (num_frames, 56, 56, 3), np.uint8)
+    return Clip(
+        frames=frames,
+        kind=kind,
+        indices=tuple(range(num_frames)),
+        timestamps_s=(0.0,) * num_frames,
+        num_total=num_frames,
+        fps=0.0,
+        duration_s=0.0,
+        decoder="none",
+        flags=(),
+        state=FileState(0, 0, ""),
+        timings_s={},
+    )
+
+
+def test_picture_is_encoded_once_and_stands_for_all_frames():
+    engine = tiny_engine()
+    picture = random_clip("image", 1)
+    still_video = replace(picture, kind="video", frames=picture.frames.repeat(8, axis=0))
+    encoded = []
+    hook = engine.model.vision_tower.embeddings.register_forward_hook(
+        lambda _module, args, _output: encoded.append(len(args[0]))
+    )
+    tokens = engine.encode([picture])
+    hook.remove()
+    assert encoded == [1]
+    assert tokens[0].shape == (45, 64)
+    # eight copies at once and one copy differ in the last bits of a matrix product
+    torch.testing.assert_close(tokens, engine.encode([still_video]), atol=1e-5, rtol=1e-5)
+
+
+def test_video_of_one_frame_is_not_a_picture():
+    # 1 x 4 x 4 patches pad to 1 x 3 x 3 tokens; a picture has those of 8 frames
+    (tokens,) = tiny_engine().encode([random_clip("video", 1)])
+    assert len(tokens) == 9
+
+
+def test_clips_encoded_together_equal_clips_encoded_alone():
+    engine = tiny_engine()
+    clips = [random_clip("video", 8, 1), random_clip("image", 1, 2), random_clip("video", 7, 3)]
+    together = engine.encode(clips)
+    assert [len(tokens) for tokens in together] == [45, 45, 36]
+    alone = [engine.encode([clip])[0] for clip in clips]
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_splice_puts_media_in_order_and_cuts_nothing():
+    model = tiny_engine().model
+    embed = model.language_model.get_input_embeddings()
+    first, second = torch.full((3, 64), 1.0), torch.full((1, 64), 2.0)
+    got = model.splice([-201, 5, -200, 7, 9], [first, second])
+    words = embed(torch.tensor([5, 7, 9]))
+    assert torch.equal(got, torch.cat([first, words[:1], second, words[1:]]))
+
+
+def test_splice_of_plain_text_is_its_embeddings():
+    model = tiny_engine().model
+    embed = model.language_model.get_input_embeddings()
+    assert torch.equal(model.splice([1, 300, 2], []), embed(torch.tensor([1, 300, 2])))
+
+
+@pytest.mark.parametrize(
+    ("ids", "num_media"), [([1, 2], 1), ([1, -201], 0), ([-201, -201], 1)], ids=str
+)
+def test_splice_refuses_media_that_do_not_fit_the_placeholders(ids, num_media):
+    model = tiny_engine().model
+    num_places = sum(i < 0 for i in ids)
+    with pytest.raises(ValueError, match=f"{num_places} placeholders for {num_media} media"):
+        model.splice(ids, [torch.zeros(2, 64)] * num_media)
+
+
+def test_names_and_shapes_are_those_of_the_public_7b(tmp_path):
+    wanted = json.loads(spec("state_dict_keys.json").read_text())["VideoLLaMA2-7B"]
+    write_json(tmp_path / "config.json", FULL_SIZE)
+    (tmp_path / "tower").mkdir()
+    write_json(tmp_path / "tower/config.json", FULL_SIZE_TOWER)
+    write_json(tmp_path / "tower/preprocessor_config.json", {})
+    config = read_config(tmp_path, tmp_path / "tower")
+    model = build_empty(config)
+    names = [public_name(name) for name in model.state_dict()]
+    assert len(names) == len(set(names)) == 795
+    shapes = {public_name(name): list(t.shape) for name, t in model.state_dict().items()}
+    assert shapes == wanted
+    assert round(sum(p.numel() for p in model.parameters()) / 1e9, 3) == 8.034
+    assert round(sum(p.numel() for p in model.mm_projector.parameters()) / 1e6, 1) == 489.2
+    assert config.num_visual_tokens == 845
+
+
+def test_a_name_of_no_part_is_refused():
+    with pytest.raises(ValueError, match=r"'audio_tower\.weight' belongs to no part"):
+        public_name("audio_tower.weight")
+
+
+def test_model_runs_in_bfloat16(tmp_path):
+    model = load_tiny(write_tiny(tmp_path), torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    frontend = EagerFrontend(model)
+    tokens = frontend.visual_tokens(frontend.vision_features([torch.zeros(8, 3, 56, 56)]))
+    embeds = model.splice([1, -201, 5], tokens)
+    assert embeds.dtype == torch.bfloat16
+    assert embeds.shape == (47, 32)

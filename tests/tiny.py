@@ -1,0 +1,80 @@
+"""Tiny random checkpoints in the public format; nothing here depends on a run of another test."""
+
+import atexit
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from vla2_models.checkpoint import load_model, open_checkpoint
+from vla2_models.hub import Source
+from vla2_models.miniature import TOWER_ID, write_miniature
+from vla2cli.engine import Engine
+
+# networks this small lose by more: on two busy cores six times the time
+torch.set_num_threads(1)
+
+
+@functools.cache
+def tiny_hub():
+    """A hub folder with one tiny checkpoint, for the whole session; not to be changed."""
+    folder = tempfile.TemporaryDirectory(prefix="vla2-tiny-")
+    atexit.register(folder.cleanup)
+    write_miniature(Path(folder.name))
+    return Path(folder.name)
+
+
+@functools.cache
+def tiny_engine():
+    """An engine on that checkpoint; not to be changed."""
+    folder = next(path.parent for path in tiny_hub().glob("*/*/model.safetensors"))
+    return Engine.load(str(folder), hub_dir=tiny_hub(), device="cpu", dtype="float32")
+
+
+def write_tiny(hub_dir, **changes):
+    """Write a checkpoint of one's own under `hub_dir`; return its folder."""
+    return write_miniature(hub_dir, num_hidden_layers=1, hidden_size=32, **changes)
+
+
+def open_tiny(folder):
+    """Open a checkpoint that `write_tiny` wrote, perhaps damaged since."""
+    return open_checkpoint(str(folder), Source(folder.parents[1]))
+
+
+def load_tiny(folder, dtype=torch.float32):
+    return load_model(open_tiny(folder), dtype=dtype, device="cpu")
+
+
+def tower_of(folder):
+    """The folder of the tower that belongs to a checkpoint of `write_tiny`."""
+    return folder.parents[1] / TOWER_ID
+
+
+def read_tensors(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def write_tensors(folder, tensors, name="model.safetensors"):
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+
+
+def write_shards(folder, shards):
+    """Replace the one weight file by several and an index; `shards` is name -> tensors."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    for name, tensors in shards.items():
+        write_tensors(folder, tensors, name)
+    weight_map = {key: name for name, tensors in shards.items() for key in tensors}
+    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+
+
+def change_json(path, **changes):
+    """Change fields of a JSON file; None takes a field away."""
+    fields = json.loads(path.read_text(encoding="utf-8")) | changes
+    write_json(path, {key: value for key, value in fields.items() if value is not None})
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content), encoding="utf-8")

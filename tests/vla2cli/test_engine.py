@@ -1,0 +1,460 @@
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
+
+from tests.goldens import (
+    assert_stages_match,
+    features_of,
+    golden,
+    golden_engine,
+    runs_of,
+    tensors_of,
+)
+from tests.tiny import change_json, open_tiny, tiny_engine, tower_of, write_tiny
+from vla2cli.config import GenerationChoice, GenerationSettings
+from vla2cli.engine import (
+    Ask,
+    Engine,
+    find_flags,
+    is_repeating,
+    pick_device,
+    pick_dtype,
+    read_geometry,
+)
+from vla2cli.engines import eager
+from vla2cli.engines.eager import Generation, generate, left_pad
+from vla2cli.errors import ModelError, UsageError
+from vla2cli.prompt import Turn
+
+CASE = "mistral_clip_stc_8f"
+RUNS = [(CASE, run) for run in ("cap", "qa", "img", "txt", "mt", "range")]
+RUNS += [("mistral_clip_stc_16f_336", "cap")]
+# seven lengths
+QUESTIONS = (
+    "a",
+    "please describe the video in detail.",
+    "what happens in 7?",
+    "the sun sets behind the hills while a person walks away on the road, slowly, unseen, 100%",
+    "two shapes, one ball, no bell",
+    "the ball bounces, the rain falls and the rocket rises into the sky",
+    "QUIET? NO, LOUD: 12345",
+)
+
+
+def golden_ask(case, run):
+    """What the reference was asked, with our visual tokens from its pixels."""
+    engine = golden_engine(case)
+    about = runs_of(case)[run]
+    visual_tokens = None
+    if about["modal"] != "text":
+        features = features_of(case, "cap" if run == "mt" else run)
+        visual_tokens = engine.frontend.visual_tokens([features])[0]
+    if isinstance(about["instruct"], str):
+        return Ask(about["instruct"], about["modal"], visual_tokens)
+    first, answer, second = (message["content"] for message in about["instruct"])
+    return Ask(second, about["modal"], visual_tokens, (Turn(first, answer),))
+
+
+def golden_settings(case, run):
+    length = runs_of(case)[run]["max_new_tokens"]
+    return golden_engine(case).settings(GenerationChoice(max_new_tokens=length))
+
+
+def tiny_embeds():
+    """Prompts of seven lengths, spliced."""
+    engine = tiny_engine()
+    prompts = [engine.prompt(Ask(question, "text", None)) for question in QUESTIONS]
+    return [engine.embed(prompt, None) for prompt in prompts]
+
+
+def ids_of(generations):
+    return [generation.ids for generation in generations]
+
+
+def greedy(embeds, **changes):
+    settings = GenerationSettings(eos_token_ids=(2,), max_new_tokens=16, **changes)
+    return generate(tiny_engine().model.language_model, embeds, settings, [0] * len(embeds))
+
+
+@pytest.mark.parametrize(("case", "run"), RUNS, ids=["-".join(run) for run in RUNS])
+def test_answer_matches_reference(case, run):
+    expected, about = tensors_of(case, run), runs_of(case)[run]
+    ask = golden_ask(case, run)
+    (answer,) = golden_engine(case).answer([ask], golden_settings(case, run))
+    assert list(answer.generation.ids) == expected["generated_ids"].tolist()
+    assert answer.text == about["text"]
+    assert (answer.num_prompt, answer.num_visual) == (
+        about["spliced_len"],
+        about["n_visual_tokens"],
+    )
+    assert answer.flags == ()
+    found = {"first_logits": answer.generation.first_logits}
+    assert_stages_match(f"{case} {run}", found, expected)
+
+
+@pytest.mark.parametrize(("case", "run"), RUNS, ids=["-".join(run) for run in RUNS])
+def test_logits_of_every_step_match_reference(case, run):
+    engine, expected = golden_engine(case), tensors_of(case, run)
+    ask = golden_ask(case, run)
+    model = engine.model.language_model
+    said = expected["generated_ids"]
+    with torch.inference_mode():
+        prompt = engine.embed(engine.prompt(ask), ask.visual_tokens)
+        embeds = torch.cat([prompt, model.get_input_embeddings()(said[:-1])])
+        logits = model(inputs_embeds=embeds[None], logits_to_keep=len(said)).logits[0]
+    assert_stages_match(f"{case} {run}", {"step_logits": logits}, expected)
+
+
+def test_log_probability_of_the_cached_decode_is_the_references():
+    # the reference's logits come from whole forward passes, ours from a cache
+    expected = tensors_of(CASE, "cap")
+    (answer,) = golden_engine(CASE).answer([golden_ask(CASE, "cap")], golden_settings(CASE, "cap"))
+    logprobs = expected["step_logits"].log_softmax(-1)
+    mean = logprobs.gather(-1, expected["generated_ids"][:, None]).mean().item()
+    assert answer.generation.logprob_mean == pytest.approx(mean, abs=1e-4)
+
+
+def test_ragged_batch_gives_the_references_ids():
+    runs = [run for case, run in RUNS if case == CASE]
+    asks = [golden_ask(CASE, run) for run in runs]
+    answers = golden_engine(CASE).answer(asks, golden_settings(CASE, "cap"))
+    assert len({answer.num_prompt for answer in answers}) == len(runs)
+    for run, answer in zip(runs, answers, strict=True):
+        assert answer.text == runs_of(CASE)[run]["text"]
+        assert list(answer.generation.ids) == tensors_of(CASE, run)["generated_ids"].tolist()
+
+
+def test_row_does_not_depend_on_the_others_of_its_batch():
+    embeds = tiny_embeds()
+    assert len({len(row) for row in embeds}) == len(embeds)
+    together = greedy(embeds)
+    alone = [greedy([row])[0] for row in embeds]
+    assert ids_of(together) == ids_of(alone)
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one.first_logits, other.first_logits, atol=2e-4, rtol=0)
+        assert one.logprob_mean == pytest.approx(other.logprob_mean, abs=1e-4)
+        assert one.finish_reason == other.finish_reason
+
+
+def right_pad(inputs_embeds):
+    embeds, mask = left_pad(inputs_embeds)
+    for i, row in enumerate(inputs_embeds):
+        shift = embeds.shape[1] - len(row)
+        embeds[i], mask[i] = embeds[i].roll(-shift, 0), mask[i].roll(-shift, 0)
+    return embeds, mask
+
+
+def left_pad_without_mask(inputs_embeds):
+    embeds, mask = left_pad(inputs_embeds)
+    return embeds, torch.ones_like(mask)
+
+
+@pytest.mark.parametrize("variant", [right_pad, left_pad_without_mask])
+def test_another_padding_would_be_noticed(monkeypatch, variant):
+    embeds = tiny_embeds()
+    right = greedy(embeds)
+    monkeypatch.setattr(eager, "left_pad", variant)
+    wrong = greedy(embeds)
+    longest = max(range(len(embeds)), key=lambda i: len(embeds[i]))
+    differ = [a.ids != b.ids for a, b in zip(right, wrong, strict=True)]
+    assert differ == [i != longest for i in range(len(embeds))]
+
+
+def test_left_pad_keeps_the_rows_at_the_end():
+    embeds, mask = left_pad([torch.full((1, 2), 5.0), torch.full((3, 2), 7.0)])
+    assert embeds[..., 0].tolist() == [[0, 0, 5], [7, 7, 7]]
+    assert mask.tolist() == [[0, 0, 1], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7])
+def test_sampled_text_does_not_depend_on_the_batch(batch):
+    engine = tiny_engine()
+    settings = engine.settings(GenerationChoice(max_new_tokens=16, temperature=0.8, seed=1))
+    asks = [Ask(question, "text", None, seed=i) for i, question in enumerate(QUESTIONS)]
+    whole = [answer.text for answer in engine.answer(asks, settings)]
+    parts = [
+        answer.text
+        for start in range(0, len(asks), batch)
+        for answer in engine.answer(asks[start : start + batch], settings)
+    ]
+    assert parts == whole
+    greedy_texts = [
+        a.text for a in engine.answer(asks, dataclasses.replace(settings, temperature=0))
+    ]
+    assert all(a != b for a, b in zip(whole, greedy_texts, strict=True))
+
+
+def test_seed_decides_what_is_drawn():
+    engine = tiny_engine()
+    settings = engine.settings(GenerationChoice(max_new_tokens=16, temperature=1.0))
+    asks = [Ask("a red car", "text", None, seed=seed) for seed in (5, 6, 5)]
+    first, other, again = (answer.text for answer in engine.answer(asks, settings))
+    assert first == again != other
+
+
+def test_sampling_leaves_the_global_generator_alone():
+    state = torch.random.get_rng_state()
+    greedy(tiny_embeds()[:2], temperature=1.0)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def by_transformers(embeds, **fields):
+    """The ids that transformers' own `generate` gives for one prompt."""
+    model = tiny_engine().model.language_model
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=16, eos_token_id=2, pad_token_id=2, **fields
+    )
+    mask = torch.ones(1, len(embeds), dtype=torch.long)
+    with torch.inference_mode():
+        ids = model.generate(
+            inputs_embeds=embeds[None], attention_mask=mask, generation_config=config
+        )
+    return tuple(ids[0].tolist())
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' remark on a penalty without prompt ids
+@pytest.mark.parametrize("penalty", [1.0, 1.05, 1.3])
+def test_greedy_ids_equal_those_of_transformers(penalty):
+    embeds = tiny_embeds()
+    got = ids_of(greedy(embeds, repetition_penalty=penalty))
+    assert got == [by_transformers(row, repetition_penalty=penalty) for row in embeds]
+
+
+@pytest.mark.parametrize(
+    ("logits", "penalty", "ids"),
+    [
+        ([4.0, 3.0, 0.0], 1.0, (0, 0, 0, 0)),
+        # 4 becomes 2.7, then 3 becomes 2
+        ([4.0, 3.0, 0.0], 1.5, (0, 1, 0, 0)),
+        # -1 becomes -3, then -2 becomes -6
+        ([-1.0, -2.0, -9.0], 3.0, (0, 1, 0, 0)),
+        # below 1 the rule turns round
+        ([4.0, 3.0, 0.0], 0.5, (0, 0, 0, 0)),
+    ],
+    ids=["none", "positive", "negative", "reward"],
+)
+def test_repetition_penalty_follows_its_formula(logits, penalty, ids):
+    """Logits of ids that were said: divided where positive, multiplied where negative."""
+    settings = GenerationSettings(
+        eos_token_ids=(), max_new_tokens=len(ids), repetition_penalty=penalty
+    )
+    model = constant_model(torch.tensor(logits))
+    assert generate(model, [torch.zeros(1, 8)], settings, [0])[0].ids == ids
+
+
+def test_penalty_of_the_checkpoint_is_applied():
+    plain, penalised = greedy(tiny_embeds()), greedy(tiny_embeds(), repetition_penalty=1.3)
+    assert ids_of(plain) != ids_of(penalised)
+
+
+def constant_model(logits):
+    """A language model that gives the same logits everywhere: its head is a bias alone."""
+    config = MistralConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=len(logits),
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        sliding_window=None,
+    )
+    model = MistralForCausalLM(config).eval()
+    model.lm_head = torch.nn.Linear(8, len(logits))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.bias.copy_(logits)
+    return model
+
+
+PROBABILITIES = torch.tensor([0.4, 0.3, 0.2, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"temperature": 1.0}, [0.4, 0.3, 0.2, 0.1]),
+        # p ** 2, scaled to 1
+        ({"temperature": 0.5}, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
+        ({"temperature": 1.0, "top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
+        # the least set that holds 0.75
+        ({"temperature": 1.0, "top_p": 0.75}, [4 / 9, 3 / 9, 2 / 9, 0]),
+        ({"temperature": 1.0, "top_k": 3, "top_p": 0.5}, [4 / 7, 3 / 7, 0, 0]),
+        ({"temperature": 0.5, "top_p": 0.5}, [1.0, 0, 0, 0]),
+    ],
+    ids=["plain", "temperature", "top_k", "top_p", "both", "temperature_first"],
+)
+def test_draws_follow_the_distribution(changes, expected):
+    num_rows = 4000
+    settings = GenerationSettings(eos_token_ids=(), max_new_tokens=1, **changes)
+    embeds = [torch.zeros(1, 8)] * num_rows
+    rows = generate(constant_model(PROBABILITIES.log()), embeds, settings, range(num_rows))
+    counts = torch.bincount(torch.tensor([row.ids[0] for row in rows]), minlength=4)
+    expected = torch.tensor(expected)
+    # four deviations of a share among 4000 draws
+    torch.testing.assert_close(counts / num_rows, expected, atol=4 * 0.5 / num_rows**0.5, rtol=0)
+    assert not counts[expected == 0].any()
+
+
+@pytest.mark.parametrize("ends", [(3,), (1, 3)], ids=["one", "list"])
+def test_every_end_id_ends_the_text(ends):
+    logits = torch.tensor([0.0, 1.0, 2.0, 9.0])
+    settings = GenerationSettings(eos_token_ids=ends, max_new_tokens=5)
+    (row,) = generate(constant_model(logits), [torch.zeros(2, 8)], settings, [0])
+    assert (row.ids, row.finish_reason) == ((3,), "stop")
+
+
+def test_text_is_cut_at_its_longest():
+    settings = GenerationSettings(eos_token_ids=(0,), max_new_tokens=5)
+    logits = torch.tensor([0.0, 1.0])
+    (row,) = generate(constant_model(logits), [torch.zeros(2, 8)], settings, [0])
+    assert (row.ids, row.finish_reason) == ((1,) * 5, "length")
+    assert row.logprob_mean == pytest.approx(logits.log_softmax(-1)[1].item(), abs=1e-6)
+
+
+def test_rows_end_by_themselves():
+    # an id that some rows say sooner, and some never, becomes the end
+    embeds = tiny_embeds()
+    plain = ids_of(greedy(embeds))
+    end = plain[0][3]
+    settings = GenerationSettings(eos_token_ids=(end,), max_new_tokens=16)
+    rows = generate(tiny_engine().model.language_model, embeds, settings, [0] * len(embeds))
+    for row, ids in zip(rows, plain, strict=True):
+        length = ids.index(end) + 1 if end in ids else 16
+        assert row.ids == ids[:length]
+        assert row.finish_reason == ("stop" if end in ids else "length")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+def test_weights_that_are_not_finite_are_flagged(tmp_path, value, temperature):
+    folder = write_tiny(tmp_path)
+    engine = Engine(open_tiny(folder), device="cpu", dtype="float32")
+    engine.model.language_model.lm_head.weight[7] = value
+    settings = engine.settings(GenerationChoice(max_new_tokens=4, temperature=temperature))
+    (answer,) = engine.answer([Ask("what happens?", "text", None)], settings)
+    assert answer.flags == ("empty", "not-finite")
+    assert answer.text == ""
+    assert (answer.generation.ids, answer.generation.logprob_mean) == ((), None)
+
+
+def test_row_that_is_not_finite_leaves_the_others_alone():
+    embeds = tiny_embeds()
+    plain = ids_of(greedy(embeds))
+    embeds[2] = embeds[2] * float("nan")
+    rows = greedy(embeds)
+    assert [row.is_finite for row in rows] == [i != 2 for i in range(len(rows))]
+    assert [row.ids for i, row in enumerate(rows) if i != 2] == plain[:2] + plain[3:]
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([], False),
+        ([5] * 15, False),
+        ([5] * 16, True),
+        (list(range(100)), False),
+        (list(range(20)) + [5] * 16, True),
+        ([5] * 16 + [6], False),
+        ([1, 2, 3] * 6, True),
+        ([1, 2, 3] * 5, False),
+        ([9, *[1, 2, 3] * 5, 1], True),
+        (list(range(64)) * 4, True),
+        (list(range(64)) * 3, False),
+        (list(range(65)) * 5, False),
+    ],
+    ids=lambda value: f"{len(value)}" if isinstance(value, list) else str(value),
+)
+def test_repeating_end_is_found(ids, expected):
+    assert is_repeating(ids) is expected
+
+
+def generation(ids, reason="length", is_finite=True):
+    return Generation(tuple(ids), reason, -1.0, is_finite, torch.zeros(1), 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "of", "flags"),
+    [
+        ("words", generation([1, 2, 3]), ()),
+        ("", generation([2], "stop"), ("empty",)),
+        ("la la", generation([5] * 20), ("repeating",)),
+        ("la la", generation([*[5] * 20, 2], "stop"), ("repeating",)),
+        ("", generation([], "stop", is_finite=False), ("empty", "not-finite")),
+    ],
+    ids=["none", "empty", "cut_loop", "ended_loop", "not_finite"],
+)
+def test_flags_name_what_makes_a_text_no_answer(text, of, flags):
+    assert find_flags(text, of) == flags
+
+
+@pytest.mark.parametrize("name", ["tpu", "mps", "meta", "", "cuda:x", "cpu:"])
+def test_unknown_device_is_refused(name):
+    with pytest.raises(UsageError, match=f"'--device {name}': expected auto, cpu, cuda or cuda:N"):
+        pick_device(name)
+
+
+def test_missing_gpu_is_refused_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(UsageError, match="no CUDA device"):
+        pick_device("cuda")
+
+
+def test_gpu_beyond_the_last_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UsageError, match="there are 2 CUDA devices"):
+        pick_device("cuda:2")
+
+
+@pytest.mark.parametrize("name", ["fp16", "int8", "", "torch.float32"])
+def test_unknown_dtype_is_refused(name):
+    expected = "expected auto, float32, float16, bfloat16"
+    with pytest.raises(UsageError, match=f"'--dtype {name}': {expected}"):
+        pick_dtype(name, torch.device("cpu"))
+
+
+def test_auto_dtype_follows_the_device():
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+    assert pick_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert pick_dtype("float16", torch.device("cpu")) == torch.float16
+
+
+def test_bfloat16_engine_answers():
+    engine = Engine(tiny_engine().checkpoint, device="cpu", dtype="bfloat16")
+    (answer,) = engine.answer(
+        [Ask("a red car", "text", None)], engine.settings(GenerationChoice(max_new_tokens=4))
+    )
+    assert len(answer.generation.ids) == 4
+    assert answer.generation.first_logits.dtype == torch.float32
+    assert engine.dtype_name == "bfloat16"
+
+
+def test_tokenizer_of_another_model_is_refused(tmp_path):
+    folder = write_tiny(tmp_path, vocab_size=300)
+    shutil.copy(golden(f"checkpoints/{CASE}") / "tokenizer.model", folder)
+    with pytest.raises(ModelError, match="has 700 pieces, the model's vocabulary 300"):
+        _ = Engine(open_tiny(folder), device="cpu").tokenizer
+
+
+def test_preprocessor_that_is_not_understood_is_a_model_error(tmp_path):
+    folder = write_tiny(tmp_path)
+    change_json(tower_of(folder) / "preprocessor_config.json", do_rescale=False)
+    with pytest.raises(ModelError, match=r"preprocessor_config\.json is not understood: 'do_resc"):
+        read_geometry(open_tiny(folder))
+
+
+def test_identity_names_the_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = write_tiny(tmp_path / "hub")
+    identity = Engine(open_tiny(folder), device="cpu").identity
+    assert (identity["id"], identity["revision"]) == (str(folder), None)
+    assert len(identity["sha256"]) == 64
+    assert (tmp_path / "cache/vla2/weights.json").exists()
