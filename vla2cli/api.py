@@ -58,9 +58,8 @@ def ask(
     output: str | os.PathLike[str] | None = None,
 ) -> Iterator[Record]:
     """Ask each question of each file, every one by itself; arguments as in `caption`."""
-    asked: tuple[Conversation, ...] = (
-        ((questions,),) if isinstance(questions, str) else tuple((q,) for q in questions)
-    )
+    each = [questions] if isinstance(questions, str) else questions
+    asked: tuple[Conversation, ...] = tuple((question,) for question in dict.fromkeys(each))
     yield from _run(Task("ask", asked), paths, engine, sampling, generation, batch, output)
 
 

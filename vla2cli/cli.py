@@ -6,7 +6,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,7 +23,6 @@ DEMO_MODEL = "vla2/miniature-7B"
 DEMO = f"{DEMO_HUB} -m {DEMO_MODEL}"
 
 app = typer.Typer(
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -351,27 +350,31 @@ def _split_question(arguments: list[str], questions: list[str]) -> tuple[list[st
 
 def main(argv: list[str] | None = None) -> None:
     """Run the app; print what went wrong as one line and exit with its code."""
-    arguments = sys.argv[1:] if argv is None else argv
+    arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     is_debug = "--debug" in arguments or bool(os.environ.get("VLA2_DEBUG"))
     try:
         code = app(arguments, standalone_mode=False, prog_name="vla2")
-    except typer.Abort:
-        code = _fail("ended", 1)
+    except typer.Abort:  # Ctrl-C before there was a run
+        code = _fail("ended by SIGINT; nothing was run", 130)
     except typer.TyperException as error:
-        code = _fail(_one_line(error.format_message()), error.exit_code)
+        code = _fail(_describe_usage(error), error.exit_code)
     except (Vla2Error, CheckpointError) as error:
         if is_debug:
             raise
         code = _fail(_one_line(str(error)), getattr(error, "exit_code", 1))
-    except BrokenPipeError:
-        # whoever read stdout has gone; keep Python from complaining when it closes it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read stdout has gone
         code = 1
     except Exception as error:  # the last resort: one line, whatever it is
         if is_debug:
             raise
         message = _one_line(f"{type(error).__name__}: {error}")
         code = _fail(f"unexpected {message}; --debug shows where", 1)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # keep Python from trying, and complaining, once more when it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or 1
     sys.exit(code or 0)
 
 
@@ -379,6 +382,14 @@ def _fail(message: str, code: int) -> int:
     if message:
         print(f"vla2: {message}", file=sys.stderr)  # noqa: T201
     return code
+
+
+def _describe_usage(error: typer.TyperException) -> str:
+    message = _one_line(error.format_message())
+    # where a number is wanted, typer does not say what it got instead
+    wrong: list[dict[str, Any]] = getattr(error.__cause__, "errors", list)()
+    value = repr(wrong[0]["input"]) if wrong else ""
+    return message if value in message else f"{message}, got {value}"
 
 
 def _one_line(message: str) -> str:

@@ -24,7 +24,7 @@ from vla2cli.console import (
     print_data,
     print_text,
 )
-from vla2cli.errors import InputError, NoInputError, UsageError, Vla2Error
+from vla2cli.errors import InputError, NoInputError, UsageError
 from vla2cli.inputs import Found, Item, Note, find_items
 from vla2cli.ledger import Ledger, read_index
 from vla2cli.options import parse_time
@@ -125,14 +125,6 @@ class RunOptions:
 RunRecords = Callable[["Job", Sequence["Work"], Callable[[], bool]], Iterator["Record"]]
 
 
-class InterruptedRunError(Vla2Error):
-    """A signal asked the run to end before its first record."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"ended by {signal.Signals(signum).name}; nothing was run")
-        self.exit_code = 128 + signum
-
-
 class Stop:
     """SIGINT and SIGTERM during a run: the first ends it after the batch in hand."""
 
@@ -156,15 +148,21 @@ class Stop:
         return self.signum is not None
 
     def _take(self, signum: int, _frame: FrameType | None) -> None:
+        if self.is_running and self.signum is None:
+            self.signum = signum
+            if not self.console.quiet:
+                _say("stopping after the record in hand …")
+            return
         if not self.is_running:
-            raise InterruptedRunError(signum)
-        if self.signum is not None:
-            # the ledger is whole at any moment and the decoding processes die with this one
-            os._exit(128 + signum)
-        self.signum = signum
-        if not self.console.quiet:
-            # the interrupted code may be in the middle of printing
-            os.write(2, "stopping after the record in hand …\n".encode())
+            _say(f"vla2: ended by {signal.Signals(signum).name}; nothing was run")
+        # the ledger is whole at any moment and the decoding processes die with this one; an
+        # exception would be lost where a library that is just being imported catches them all
+        os._exit(128 + signum)
+
+
+def _say(message: str) -> None:
+    # the interrupted code may be in the middle of printing
+    os.write(2, f"{message}\n".encode())
 
 
 def run_batch(

@@ -1,0 +1,44 @@
+"""What a command that only prints may load, and names that other packages own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = {"torch", "torchvision", "transformers", "timm", "onnxruntime", "decord", "av", "triton"}
+CODE = """
+import json, sys
+import vla2cli
+if sys.argv[1:]:
+    from vla2cli.cli import main
+    try:
+        main(sys.argv[1:])
+    except SystemExit as end:
+        assert not end.code, end.code
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--help"], ["--version"], ["caption", "--help"], ["ask", "-h"], ["features", "-h"]],
+    ids=lambda arguments: " ".join(arguments) or "import",
+)
+def test_help_and_bare_import_load_nothing_heavy(arguments):
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, *arguments], capture_output=True, text=True, check=True
+    )
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    assert "vla2cli" in loaded
+    assert not loaded & HEAVY
+
+
+def test_outer_folders_are_no_packages():
+    # an installed package called `kernels` is imported by transformers
+    root = Path(__file__).parents[2]
+    assert (root / "kernels/vla2_kernels").is_dir()
+    assert (root / "models/vla2_models").is_dir()
+    for name in ("kernels", "models"):
+        assert not (root / name / "__init__.py").exists()

@@ -1,0 +1,324 @@
+"""A batch: what is left to do, bounded look-ahead, one record each, whatever the batch."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_engine, tiny_hub, write_tiny
+from vla2cli.config import GenerationChoice
+from vla2cli.engine import Engine
+from vla2cli.errors import InputError, ModelError
+from vla2cli.inputs import Item, find_items
+from vla2cli.jobs import (
+    DEFAULT_PROMPT,
+    Job,
+    Plan,
+    Sampling,
+    Task,
+    Totals,
+    Work,
+    decode_ahead,
+    in_parts,
+    key_fields,
+    settle_kinds,
+)
+from vla2cli.ledger import Ledger, read_records
+from vla2cli.media.pool import DecodePool
+from vla2cli.record import row_seed
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+GREEDY = GenerationChoice(max_new_tokens=8)
+SAMPLED = GenerationChoice(max_new_tokens=8, temperature=1.0, seed=5)
+CAPTION = Task("caption")
+QUESTIONS = Task("ask", (("What moves?",), ("What is it?", "Which way does it go?"), ("Why?",)))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with DecodePool(2) as pool:
+        yield pool
+
+
+@pytest.fixture
+def clips(tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name in ("01.mp4", "05.mp4", "09.png"):
+        shutil.copy(EXAMPLES / name, folder / name)
+    return folder
+
+
+def make_job(pool, ledger=None, *, engine=None, task=CAPTION, choice=GREEDY, num_frames=8, batch=1):
+    engine = engine or tiny_engine()
+    settings = engine.settings(choice)
+    return Job(engine, task, Sampling(num_frames), settings, pool, ledger, batch=batch)
+
+
+def run(job, folder, **kwargs):
+    """Run what is to do; return the plan's counts: to do, done, failed."""
+    plan = job.plan(find_items([str(folder)]).items, **kwargs)
+    list(job.run(plan.todo))
+    return tuple(plan.count(works) for works in (plan.todo, plan.done, plan.failed))
+
+
+# what is left to do
+
+
+def test_what_is_done_is_skipped_until_something_changes(pool, clips, tmp_path):
+    with Ledger.open(tmp_path / "ledger.jsonl") as ledger:
+        assert run(make_job(pool, ledger), clips) == (3, 0, 0)
+        assert run(make_job(pool, ledger, batch=2), clips) == (0, 3, 0)
+
+        os.utime(clips / "01.mp4")  # touched, the same content
+        assert run(make_job(pool, ledger), clips) == (0, 3, 0)
+        shutil.copy(EXAMPLES / "02.mp4", clips / "01.mp4")
+        assert run(make_job(pool, ledger), clips) == (1, 2, 0)
+        shutil.copy(EXAMPLES / "03.mp4", clips / "new.mp4")
+        assert run(make_job(pool, ledger), clips) == (1, 3, 0)
+
+        longer = GenerationChoice(max_new_tokens=9)
+        assert run(make_job(pool, ledger, choice=longer), clips) == (4, 0, 0)
+        assert run(make_job(pool, ledger, choice=longer, num_frames=4), clips) == (4, 0, 0)
+        assert run(make_job(pool, ledger, choice=SAMPLED), clips) == (4, 0, 0)
+        again = GenerationChoice(max_new_tokens=8, temperature=1.0, seed=6)
+        assert run(make_job(pool, ledger, choice=again), clips) == (4, 0, 0)
+        assert run(make_job(pool, ledger, choice=again), clips) == (0, 4, 0)
+
+
+def test_other_weights_do_everything_again(pool, clips, tmp_path):
+    other = Engine.load(str(write_tiny(tmp_path / "hub", seed=1)), hub_dir=tmp_path / "hub")
+    with Ledger.open(tmp_path / "ledger.jsonl") as ledger:
+        run(make_job(pool, ledger), clips)
+        assert run(make_job(pool, ledger, engine=other), clips) == (3, 0, 0)
+
+
+def test_same_weights_under_another_path_do_nothing_again(pool, clips, tmp_path):
+    folder = next(path.parent for path in tiny_hub().glob("*/*/model.safetensors"))
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    engine = Engine.load(str(moved), hub_dir=tiny_hub(), device="cpu")
+    with Ledger.open(tmp_path / "ledger.jsonl") as ledger:
+        run(make_job(pool, ledger), clips)
+        assert run(make_job(pool, ledger, engine=engine), clips) == (0, 3, 0)
+
+
+def test_errors_stay_until_they_are_to_be_tried_again(pool, clips, tmp_path):
+    (clips / "bad.mp4").write_text("no video")
+    with Ledger.open(tmp_path / "ledger.jsonl") as ledger:
+        assert run(make_job(pool, ledger), clips) == (4, 0, 0)
+        assert run(make_job(pool, ledger), clips) == (0, 3, 1)
+        assert run(make_job(pool, ledger), clips, retry_errors=True) == (1, 3, 0)
+        shutil.copy(EXAMPLES / "02.mp4", clips / "bad.mp4")  # a changed file is tried by itself
+        assert run(make_job(pool, ledger), clips) == (1, 3, 0)
+        assert run(make_job(pool, ledger), clips) == (0, 4, 0)
+
+
+def test_conversation_of_which_a_turn_is_missing_is_had_again(pool, clips, tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    with Ledger.open(path) as ledger:
+        assert run(make_job(pool, ledger, task=QUESTIONS), clips) == (12, 0, 0)
+    lines = path.read_bytes().splitlines(keepends=True)
+    second = next(i for i, line in enumerate(lines) if b'"Which way does it go?"' in line)
+    path.write_bytes(b"".join(lines[:second] + lines[second + 1 :]))
+    with Ledger.open(path) as ledger:
+        assert run(make_job(pool, ledger, task=QUESTIONS), clips) == (2, 10, 0)
+
+
+def test_file_that_is_gone_and_was_an_error_is_not_hashed(pool, tmp_path):
+    item = Item("gone.mp4", str(tmp_path / "gone.mp4"), "video", "no such file")
+    with Ledger.open(tmp_path / "ledger.jsonl") as ledger:
+        job = make_job(pool, ledger)
+        (record,) = job.run(job.plan([item]).todo)
+        assert record["error"] == {"kind": "missing", "stage": "open", "message": "no such file"}
+        assert (record["size_bytes"], record["sha256"]) == (None, None)
+        assert job.plan([item]).failed == (Work(item, job.task.conversations_about(item)),)
+
+
+# the same texts, whatever the batch
+
+
+def texts(job, paths):
+    records = list(job.run(job.plan(find_items(list(map(str, paths))).items).todo))
+    assert all("text" in record for record in records), records
+    return {
+        (r["id"], r["question"], len(r.get("history", []))): (r["text"], r["tokens"])
+        for r in records
+    }
+
+
+@pytest.mark.parametrize("choice", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("task", [CAPTION, QUESTIONS], ids=["caption", "ask"])
+def test_batch_changes_no_text(pool, task, choice):
+    single = texts(make_job(pool, task=task, choice=choice), [EXAMPLES])
+    assert len(single) == 9 * (1 if task is CAPTION else 4)
+    for batch in (3, 8):
+        batched = texts(make_job(pool, task=task, choice=choice, batch=batch), [EXAMPLES])
+        assert batched == single
+
+
+def test_sampling_depends_on_the_seed_and_on_no_neighbour(pool):
+    alone = texts(make_job(pool, choice=SAMPLED), [EXAMPLES / "05.mp4"])
+    among = texts(make_job(pool, choice=SAMPLED), [EXAMPLES])
+    key = ("05.mp4", DEFAULT_PROMPT.format(modality="video"), 0)
+    assert alone[key] == among[key]
+    other = GenerationChoice(max_new_tokens=8, temperature=1.0, seed=6)
+    assert texts(make_job(pool, choice=other), [EXAMPLES / "05.mp4"])[key] != alone[key]
+    greedy = texts(make_job(pool), [EXAMPLES / "05.mp4"])
+    assert greedy[key] != alone[key]
+
+
+def test_same_clip_under_two_names_is_drawn_apart(pool, tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        shutil.copy(EXAMPLES / "05.mp4", tmp_path / name)
+    first, second = texts(make_job(pool, choice=SAMPLED, batch=2), [tmp_path]).values()
+    assert first != second
+
+
+def test_row_seed_depends_on_key_and_seed_alone():
+    item = Item("a.mp4", "x/a.mp4", "video")
+    key = key_fields(QUESTIONS, Sampling(8), item, ("What?", "Why?"), 1)
+    seed = row_seed(0, key)
+    assert seed == row_seed(0, {**dict(reversed(key.items())), "text": "x", "path": "y"})
+    assert 0 <= seed < 2**63
+    others = [
+        row_seed(1, key),
+        row_seed(0, {**key, "id": "b.mp4"}),
+        row_seed(0, {**key, "question": "Who?"}),
+        row_seed(0, {**key, "history": []}),
+        row_seed(0, {**key, "segment": {"start_s": 1.0, "end_s": None}}),
+    ]
+    assert len({seed, *others}) == 6
+
+
+# one record each
+
+
+def test_every_record_is_in_the_ledger_before_it_is_yielded(pool, clips, tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    with Ledger.open(path) as ledger:
+        job = make_job(pool, ledger, batch=2)
+        for number, record in enumerate(job.run(job.plan(find_items([str(clips)]).items).todo), 1):
+            written = [line for _, line, _ in read_records(path)]
+            assert len(written) == number
+            assert written[-1] == record
+
+
+def test_run_that_is_asked_to_stop_ends_after_the_batch_in_hand(pool):
+    job = make_job(pool, batch=2)
+    works = job.plan(find_items([str(EXAMPLES)]).items).todo
+    records = []
+    for record in job.run(works, should_stop=lambda: len(records) >= 1):
+        records.append(record)
+    assert len(records) == 2
+
+
+def test_in_parts_costs_one_row_one_error():
+    def double(rows):
+        if 3 in rows:
+            raise RuntimeError("three\nis odd")
+        return [2 * row for row in rows]
+
+    results = in_parts(double, [1, 2, 3, 4], "encode")
+    assert [r for r in results if not isinstance(r, InputError)] == [2, 4, 8]
+    failure = results[2]
+    assert (failure.kind, failure.stage) == ("failed", "encode")
+    assert str(failure) == "unexpected RuntimeError: three is odd"
+
+
+def test_in_parts_tries_a_batch_that_is_too_large_row_by_row():
+    def double(rows):
+        if len(rows) > 1:
+            raise MemoryError
+        return [2 * row for row in rows]
+
+    assert in_parts(double, [1, 2, 3], "generate") == [2, 4, 6]
+
+    def never(rows):
+        raise MemoryError
+
+    (failure,) = in_parts(never, [1], "generate")
+    assert failure.kind == "out-of-memory"
+
+
+def test_in_parts_lets_what_concerns_the_whole_run_through():
+    def refuse(rows):
+        raise ModelError("the weights are gone")
+
+    with pytest.raises(ModelError):
+        in_parts(refuse, [1, 2], "encode")
+
+
+# decoding ahead
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decode_ahead_holds_few_clips_and_yields_all(pool, batch):
+    # the same file under many names; the works are taken only as they are needed
+    taken = 0
+
+    def works():
+        nonlocal taken
+        for i in range(30):
+            taken += 1
+            yield Work(Item(f"{i}", str(EXAMPLES / "07.mp4"), "video"), ())
+
+    geometry = tiny_engine().geometry
+    seen = []
+    for outcomes in decode_ahead(
+        works(),
+        pool,
+        lambda item: Sampling(2).request(item, geometry),
+        batch=batch,
+        should_stop=lambda: False,
+    ):
+        assert 1 <= len(outcomes) <= batch
+        seen += [work.item.id for work, clip in outcomes if len(clip.frames) == 2]
+        assert taken - len(seen) <= batch + 2 * pool.num_workers
+    assert sorted(seen, key=int) == [str(i) for i in range(30)]
+
+
+# small helpers
+
+
+def test_default_prompt_names_the_modality():
+    video, image = Item("a", "a", "video"), Item("b", "b", "image")
+    assert CAPTION.conversations_about(video) == (("Please describe the video in detail.",),)
+    assert CAPTION.conversations_about(image) == (("Please describe the image in detail.",),)
+    assert QUESTIONS.conversations_about(image) == QUESTIONS.conversations
+
+
+def test_segment_is_null_for_pictures_and_whole_files():
+    video, image = Item("a", "a", "video"), Item("b", "b", "image")
+    assert Sampling(8).segment_of(video) is None
+    part = Sampling(8, start_s=1.0)
+    assert part.segment_of(video) == {"start_s": 1.0, "end_s": None}
+    assert part.segment_of(image) is None
+
+
+def test_kinds_that_names_do_not_tell_are_looked_up(pool, tmp_path):
+    picture, video, text = (str(tmp_path / name) for name in ("picture", "video", "text"))
+    shutil.copy(EXAMPLES / "09.png", picture)
+    shutil.copy(EXAMPLES / "05.mp4", video)
+    Path(text).write_text("neither")
+    items = [Item(path, path, "unknown") for path in (picture, video, text)]
+    kinds = [item.kind for item in settle_kinds(items, pool)]
+    assert kinds == ["image", "video", "video"]  # what is neither becomes an error later
+
+
+def test_totals_count_texts_errors_and_flags():
+    totals = Totals()
+    for record in (
+        {"text": "A car.", "flags": ["builtin-model"]},
+        {"text": "", "flags": ["empty", "builtin-model"]},
+        {"error": {"kind": "decode"}, "flags": []},
+    ):
+        totals.add(record)
+    assert (totals.done, totals.errors, dict(totals.flagged)) == (2, 1, {"empty": 1})
+    works = [Work(Item("a", "a", "video"), (("x",), ("y", "z")))]
+    assert Plan.count(works) == 3
