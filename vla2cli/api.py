@@ -11,7 +11,7 @@ from vla2cli.engine import Engine
 from vla2cli.inputs import find_items
 from vla2cli.jobs import Conversation, Job, Record, Sampling, Task
 from vla2cli.ledger import Ledger
-from vla2cli.media.pool import DecodePool
+from vla2cli.media.pool import DecodePool, default_num_workers
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -78,7 +78,7 @@ def _run(
     settings = engine.settings(generation or GenerationChoice())
     with ExitStack() as stack:
         ledger = stack.enter_context(Ledger.open(output)) if output is not None else None
-        pool = stack.enter_context(DecodePool(os.cpu_count() or 1))
+        pool = stack.enter_context(DecodePool(default_num_workers()))
         job = Job(engine, task, sampling, settings, pool, ledger, batch=batch)
         items = [item for item in found.items if item.kind != "audio"]
         yield from job.run(job.plan(items).todo)

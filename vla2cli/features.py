@@ -6,20 +6,19 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from vla2cli.config import GenerationSettings
-from vla2cli.engine import Ask, Engine
 from vla2cli.errors import InputError, LedgerError, UsageError
 from vla2cli.jobs import Job, Record, Task, Work, in_parts, modality_of
 from vla2cli.media.records import Clip
 from vla2cli.record import error_field, frame_fields, make_record
 from vla2cli.run import RunOptions, run_batch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vla2cli.engine import Ask, Engine
 
 LEDGER_NAME = "features.jsonl"
 # name -> shape, in the order in which the stages make them; `T` frames, `N` patches of width `C`,
@@ -115,6 +114,8 @@ def run_feature_command(
 def _records(
     job: Job, work: Work, found: Clip | InputError, folder: Path, names: tuple[str, ...]
 ) -> Iterator[Record]:
+    from vla2cli.engine import Ask
+
     if isinstance(found, InputError):
         yield from job.failures(work, found)
         return
@@ -140,7 +141,6 @@ def _records(
         )
 
 
-@torch.inference_mode()
 def compute(
     engine: Engine, clip: Clip, ask: Ask, settings: GenerationSettings, names: Iterable[str]
 ) -> dict[str, Tensor]:
@@ -156,6 +156,8 @@ def compute(
     Returns:
         The wanted tensors on the CPU, named and shaped as in `TENSORS`.
     """
+    import torch
+
     last = max(list(TENSORS).index(name) for name in names)
     reach = set(list(TENSORS)[: last + 1])
     made: dict[str, Tensor] = {
@@ -179,6 +181,8 @@ def compute(
 
 
 def _prompt_tensors(engine: Engine, ask: Ask, tokens: Tensor) -> dict[str, Tensor]:
+    import torch
+
     prompt = engine.prompt(ask)
     embeds = engine.embed(prompt, tokens)
     return {
@@ -190,6 +194,9 @@ def _prompt_tensors(engine: Engine, ask: Ask, tokens: Tensor) -> dict[str, Tenso
 
 def _save(tensors: dict[str, Any], path: Path) -> None:
     """Write aside, sync and rename, so that a file is whole or not there."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     aside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

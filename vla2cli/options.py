@@ -108,7 +108,7 @@ DecodeMemory = Annotated[
     float, _option("--decode-memory", help="GB of memory that one file may take to decode.")
 ]
 Workers = Annotated[
-    int | None, _option("--workers", help="Decoding processes; by default one for each core.")
+    int | None, _option("--workers", help="Decoding processes; by default one a core, up to 16.")
 ]
 
 # how the model goes on

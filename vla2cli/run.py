@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
+from itertools import compress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -188,7 +189,7 @@ def run_batch(
         The exit code.
     """
     from vla2cli.jobs import Job
-    from vla2cli.media.pool import DecodePool
+    from vla2cli.media.pool import DecodePool, default_num_workers
 
     console = Console(quiet=options.quiet, verbose=options.verbose)
     ledger_path = ledger_path or options.ledger_path
@@ -204,7 +205,7 @@ def run_batch(
             _note_repairs(ledger, ledger_path, console)
         pool = stack.enter_context(
             DecodePool(
-                options.workers or os.cpu_count() or 1,
+                options.workers or default_num_workers(),
                 timeout_s=options.decode_timeout,
                 memory_bytes=int(options.decode_memory * 2**30),
             )
@@ -346,9 +347,12 @@ def _note_repairs(ledger: Ledger, path: str, console: Console) -> None:
 
 
 def _without_missing(plan: Plan, is_missing: Callable[[Work], bool]) -> Plan:
-    missing = tuple(work for work in plan.done if is_missing(work))
-    kept = tuple(work for work in plan.done if work not in missing)
-    return replace(plan, todo=(*plan.todo, *missing), done=kept)
+    missing = [is_missing(work) for work in plan.done]
+    return replace(
+        plan,
+        todo=(*plan.todo, *compress(plan.done, missing)),
+        done=tuple(work for work, is_gone in zip(plan.done, missing) if not is_gone),
+    )
 
 
 def _note_plan(plan: Plan, path: str | None, console: Console) -> None:

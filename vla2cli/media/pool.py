@@ -30,7 +30,16 @@ _HASH_BYTES_PER_S = 20e6  # the slowest disk that is not called hanging
 _REAP_LIMIT_S = 2.0  # a process stuck in the kernel may not even die
 _MAX_REQUESTS = 500  # decoders leak
 
+_MOST_WORKERS = 16  # more cannot be kept busy by one model, and each holds clips in memory
+
 T = TypeVar("T")
+
+
+def default_num_workers() -> int:
+    """Count the cores this process may use, up to 16."""
+    is_linux = sys.platform == "linux"
+    num_cores = len(os.sched_getaffinity(0)) if is_linux else os.cpu_count() or 1
+    return min(num_cores, _MOST_WORKERS)
 
 
 class _WorkerDied(Exception):  # noqa: N818 an event, not an error yet: the request is tried again
