@@ -14,10 +14,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "ask", "caption"]
+__all__ = ["Engine", "ask", "caption", "features"]
 
 if TYPE_CHECKING:
-    from vla2cli.api import ask, caption
+    from vla2cli.api import ask, caption, features
     from vla2cli.engine import Engine
 
 
@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
         from vla2cli.engine import Engine
 
         return Engine
-    if name in ("ask", "caption"):
+    if name in ("ask", "caption", "features"):
         from vla2cli import api
 
         return getattr(api, name)

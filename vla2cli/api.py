@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 from vla2cli.config import GenerationChoice
 from vla2cli.engine import Engine
+from vla2cli.features import is_missing, make_folder, parse_tensors, run_features
 from vla2cli.inputs import find_items
-from vla2cli.jobs import Conversation, Job, Record, Sampling, Task
-from vla2cli.ledger import Ledger
+from vla2cli.jobs import Job
+from vla2cli.ledger import Ledger, Record
 from vla2cli.media.pool import DecodePool, default_num_workers
+from vla2cli.plan import FrameSampling, Task, Work
 
-Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+StrPath = str | os.PathLike[str]
+Paths = StrPath | Iterable[StrPath]
 
 
 def caption(
@@ -21,10 +25,11 @@ def caption(
     engine: Engine,
     *,
     prompt: str | None = None,
-    sampling: Sampling | None = None,
+    sampling: FrameSampling | None = None,
     generation: GenerationChoice | None = None,
     batch: int = 1,
-    output: str | os.PathLike[str] | None = None,
+    output: StrPath | None = None,
+    retry_errors: bool = False,
 ) -> Iterator[Record]:
     """Describe files and folders of videos and images.
 
@@ -36,6 +41,7 @@ def caption(
         generation: how the model goes on; by default greedy, 512 tokens.
         batch: prompts that are answered together.
         output: a ledger to append to; what it already holds is skipped.
+        retry_errors: whether files with an error record are tried again.
 
     Yields:
         One record for each file that is not done, with `text` or `error`.
@@ -44,41 +50,108 @@ def caption(
         Vla2Error: nothing was found, or the ledger cannot be written.
     """
     task = Task("caption", ((prompt,),) if prompt else ())
-    yield from _run(task, paths, engine, sampling, generation, batch, output)
+    with ExitStack() as stack:
+        job = _open_job(stack, engine, task, sampling, generation, batch, output)
+        yield from job.run(_todo(job, paths, retry_errors))
 
 
 def ask(
     paths: Paths,
-    questions: str | Sequence[str],
+    questions: str | Sequence[str | Sequence[str]],
     engine: Engine,
     *,
-    sampling: Sampling | None = None,
+    sampling: FrameSampling | None = None,
     generation: GenerationChoice | None = None,
     batch: int = 1,
-    output: str | os.PathLike[str] | None = None,
+    output: StrPath | None = None,
+    retry_errors: bool = False,
 ) -> Iterator[Record]:
-    """Ask each question of each file, every one by itself; arguments as in `caption`."""
+    """Ask questions of each file, every one by itself.
+
+    Args:
+        paths: one path or several.
+        questions: one or several; several in a tuple or list of their own follow each other, and
+            the model remembers its answers.
+        engine: from `Engine.load`.
+        sampling: which pictures are looked at.
+        generation: how the model goes on.
+        batch: prompts that are answered together.
+        output: a ledger to append to; what it already holds is skipped.
+        retry_errors: whether files with an error record are tried again.
+
+    Yields, Raises: as `caption`.
+    """
     each = [questions] if isinstance(questions, str) else questions
-    asked: tuple[Conversation, ...] = tuple((question,) for question in dict.fromkeys(each))
-    yield from _run(Task("ask", asked), paths, engine, sampling, generation, batch, output)
+    conversations = tuple((q,) if isinstance(q, str) else tuple(q) for q in each)
+    with ExitStack() as stack:
+        task = Task("ask", conversations)
+        job = _open_job(stack, engine, task, sampling, generation, batch, output)
+        yield from job.run(_todo(job, paths, retry_errors))
 
 
-def _run(
-    task: Task,
+def features(
     paths: Paths,
     engine: Engine,
-    sampling: Sampling | None,
+    folder: StrPath,
+    *,
+    tensors: str | None = None,
+    question: str | None = None,
+    sampling: FrameSampling | None = None,
+    generation: GenerationChoice | None = None,
+    retry_errors: bool = False,
+) -> Iterator[Record]:
+    """Write what the networks make of each file, as safetensors.
+
+    Args:
+        paths: one path or several.
+        engine: from `Engine.load`.
+        folder: for one safetensors file per input, and features.jsonl.
+        tensors: names with commas between them, or `all`; see `vla2cli.features.TENSORS`.
+        question: for the tensors from `input_ids` on.
+        sampling: which pictures are looked at.
+        generation: how the model goes on, for `generated_ids`.
+        retry_errors: whether files with an error record are tried again.
+
+    Yields:
+        One record for each file that is not done, with `file` and `tensors`, or `error`.
+
+    Raises:
+        Vla2Error: nothing was found, or the folder cannot be written.
+    """
+    names = parse_tensors(tensors)
+    folder = Path(folder)
+    task = Task("features", ((question,),) if question else (), {"tensors": list(names)})
+    with ExitStack() as stack:
+        output = make_folder(folder)
+        job = _open_job(stack, engine, task, sampling, generation, 1, output)
+        todo = _todo(job, paths, retry_errors, lambda work: is_missing(work, job, folder))
+        yield from run_features(job, todo, folder, names)
+
+
+def _open_job(
+    stack: ExitStack,
+    engine: Engine,
+    task: Task,
+    sampling: FrameSampling | None,
     generation: GenerationChoice | None,
     batch: int,
-    output: str | os.PathLike[str] | None,
-) -> Iterator[Record]:
+    output: StrPath | None,
+) -> Job:
+    sampling = sampling or FrameSampling(engine.checkpoint.config.num_frames)
+    settings = engine.settings(generation or GenerationChoice())
+    ledger = stack.enter_context(Ledger.open(output)) if output is not None else None
+    pool = stack.enter_context(DecodePool(default_num_workers()))
+    return Job(engine, task, sampling, settings, pool, ledger, batch=batch)
+
+
+def _todo(
+    job: Job,
+    paths: Paths,
+    retry_errors: bool,
+    is_missing: Callable[[Work], bool] = lambda work: False,
+) -> list[Work]:
     roots = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     found = find_items([os.fspath(root) for root in roots])
-    sampling = sampling or Sampling(engine.checkpoint.config.num_frames)
-    settings = engine.settings(generation or GenerationChoice())
-    with ExitStack() as stack:
-        ledger = stack.enter_context(Ledger.open(output)) if output is not None else None
-        pool = stack.enter_context(DecodePool(default_num_workers()))
-        job = Job(engine, task, sampling, settings, pool, ledger, batch=batch)
-        items = [item for item in found.items if item.kind != "audio"]
-        yield from job.run(job.plan(items).todo)
+    items = [item for item in found.items if item.kind != "audio"]
+    plan = job.plan(items, retry_errors=retry_errors)
+    return [*plan.todo, *filter(is_missing, plan.done)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,9 +14,12 @@ import typer
 from vla2_models.errors import CheckpointError
 from vla2cli import __version__
 from vla2cli import options as opt
-from vla2cli.console import Console, count, print_data, print_text
-from vla2cli.errors import UsageError, Vla2Error
-from vla2cli.run import RunOptions, run_batch
+from vla2cli.config import DEFAULT_MAX_NEW_TOKENS, is_debug
+from vla2cli.console import Console, count, print_data, print_text, printable
+from vla2cli.errors import UsageError, Vla2Error, one_line
+from vla2cli.options import RunOptions
+from vla2cli.plan import Task
+from vla2cli.run import run_batch
 
 # where `make demo` puts the model that the help's examples use
 DEMO_HUB = "--hub-dir .demo/hub"
@@ -34,32 +38,30 @@ def _epilog(*examples: str) -> str:
     return "\b\nExamples (after make demo):\n" + "\n".join(f"  {example}" for example in examples)
 
 
-def _print_version(ctx: typer.Context, is_asked: bool) -> None:
-    if not is_asked or ctx.resilient_parsing:
-        return
-    print_text(f"vla2 {__version__}")
-    if "-v" in sys.argv or "--verbose" in sys.argv:
-        from vla2cli.facts import describe_machine
-
-        for line in describe_machine():
-            print_text(line)
-    raise typer.Exit
-
-
-@app.callback()
+@app.callback(invoke_without_command=True)
 def vla2(
+    ctx: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
-            "--version",
-            is_eager=True,
-            callback=_print_version,
-            help="Print the version; with --verbose, torch, CUDA and model cache too.",
+            "--version", help="Print the version; with --verbose, torch, CUDA and model cache too."
         ),
     ] = False,
-    verbose: opt.Verbose = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="With --version.")] = False,
 ) -> None:
     """Turn folders of videos into true, traceable text with VideoLLaMA 2."""
+    if version:
+        print_text(f"vla2 {__version__}")
+        if verbose:
+            from vla2cli.facts import describe_machine
+
+            for line in describe_machine():
+                print_text(line)
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        print_text(ctx.get_help())
+    elif verbose:
+        raise UsageError(f"-v goes behind the command: vla2 {ctx.invoked_subcommand} -v …")
 
 
 @app.command(
@@ -94,7 +96,7 @@ def caption(
     decode_timeout: opt.DecodeTimeout = opt.DEFAULT_DECODE_TIMEOUT,
     decode_memory: opt.DecodeMemory = opt.DEFAULT_DECODE_MEMORY,
     workers: opt.Workers = None,
-    max_new_tokens: opt.MaxNewTokens = opt.DEFAULT_TOKENS,
+    max_new_tokens: opt.MaxNewTokens = DEFAULT_MAX_NEW_TOKENS,
     temperature: opt.Temperature = 0.0,
     top_p: opt.TopP = None,
     top_k: opt.TopK = None,
@@ -112,10 +114,10 @@ def caption(
     """Describe every video and image that the paths hold."""
     options = RunOptions.of(locals())
     options.check()
-    from vla2cli.jobs import Task
-
     conversations = ((_spoken(prompt, "--prompt"),),) if prompt is not None else ()
-    raise typer.Exit(run_batch(Task("caption", conversations), paths, options))
+    raise typer.Exit(
+        run_batch(Task("caption", conversations), paths, options, ledger_path=options.ledger_path)
+    )
 
 
 @app.command(
@@ -156,7 +158,7 @@ def ask(
     decode_timeout: opt.DecodeTimeout = opt.DEFAULT_DECODE_TIMEOUT,
     decode_memory: opt.DecodeMemory = opt.DEFAULT_DECODE_MEMORY,
     workers: opt.Workers = None,
-    max_new_tokens: opt.MaxNewTokens = opt.DEFAULT_TOKENS,
+    max_new_tokens: opt.MaxNewTokens = DEFAULT_MAX_NEW_TOKENS,
     temperature: opt.Temperature = 0.0,
     top_p: opt.TopP = None,
     top_k: opt.TopK = None,
@@ -174,15 +176,15 @@ def ask(
     """Ask questions about every video and image that the paths hold."""
     options = RunOptions.of(locals())
     options.check()
-    from vla2cli.jobs import Task
-
     paths, questions = _split_question(paths, question or [])
     if then and len(questions) > 1:
         raise UsageError("--then goes on from one question; several were given")
     conversations = tuple((first, *(then or [])) for first in questions)
     for text in [*questions, *(then or [])]:
         _spoken(text, "the question")
-    raise typer.Exit(run_batch(Task("ask", tuple(dict.fromkeys(conversations))), paths, options))
+    raise typer.Exit(
+        run_batch(Task("ask", conversations), paths, options, ledger_path=options.ledger_path)
+    )
 
 
 @app.command(
@@ -213,7 +215,9 @@ def features(
     offline: opt.Offline = False,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
-    batch: opt.Batch = 1,
+    batch: Annotated[
+        int, typer.Option("--batch", envvar="VLA2_BATCH", help="Clips that are read together.")
+    ] = 1,
     modality: opt.Modality = "auto",
     start: opt.Start = None,
     end: opt.End = None,
@@ -222,7 +226,7 @@ def features(
     decode_timeout: opt.DecodeTimeout = opt.DEFAULT_DECODE_TIMEOUT,
     decode_memory: opt.DecodeMemory = opt.DEFAULT_DECODE_MEMORY,
     workers: opt.Workers = None,
-    max_new_tokens: opt.MaxNewTokens = opt.DEFAULT_TOKENS,
+    max_new_tokens: opt.MaxNewTokens = DEFAULT_MAX_NEW_TOKENS,
     temperature: opt.Temperature = 0.0,
     top_p: opt.TopP = None,
     top_k: opt.TopK = None,
@@ -248,11 +252,24 @@ def features(
     """Write what the networks make of every file, as safetensors."""
     options = RunOptions.of(locals())
     options.check()
-    from vla2cli.features import run_feature_command
+    from vla2cli.features import LEDGER_NAME, is_missing, make_folder, parse_tensors, run_features
 
-    if question is not None:
-        _spoken(question, "--question")
-    raise typer.Exit(run_feature_command(paths, options, tensors, question))
+    names = parse_tensors(tensors)
+    if options.ledger_path is None:
+        raise UsageError("features are files; they need a folder: -o FOLDER")
+    folder = Path(options.ledger_path)
+    conversations = ((_spoken(question, "--question"),),) if question is not None else ()
+    if not options.dry_run:
+        make_folder(folder)
+    code = run_batch(
+        Task("features", conversations, {"tensors": list(names)}),
+        paths,
+        options,
+        run=lambda job, works, stop: run_features(job, works, folder, names, should_stop=stop),
+        is_missing=lambda work, job: is_missing(work, job, folder),
+        ledger_path=str(folder / LEDGER_NAME) if folder.is_dir() else None,
+    )
+    raise typer.Exit(code)
 
 
 @app.command(
@@ -268,11 +285,12 @@ def models(
     offline: opt.Offline = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
     debug: opt.Debug = False,
 ) -> None:
     """List the checkpoints on this disk, or check one by its headers."""
     from vla2_models.hub import Source
-    from vla2cli.facts import describe_checkpoint, find_checkpoints
+    from vla2cli.facts import describe_checkpoint, describe_places, find_checkpoints
 
     source = Source(hub_dir, offline)
     found = (
@@ -285,8 +303,10 @@ def models(
             print_data(facts)
         else:
             print_text("  ".join(f"{key} {value}" for key, value in facts.items() if value))
+    console = Console(quiet=quiet, verbose=verbose)
     if name is None:
-        Console(quiet=quiet).note(f"{count(len(found), 'checkpoint')} on this disk")
+        console.note(f"{count(len(found), 'checkpoint')} on this disk")
+        console.detail(f"looked into {describe_places(source)}")
 
 
 @app.command(
@@ -305,26 +325,30 @@ def verify(
     ] = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
     debug: opt.Debug = False,
 ) -> None:
     """Find errors, doubtful texts and changed files in a ledger."""
     from vla2cli.verify import verify as look
 
     verification = look(ledger, check_files=files, rehash=rehash, root=root)
-    num_found = 0
+    found: Counter[str] = Counter()
     for finding in verification:
-        num_found += 1
+        found[finding.kind] += 1
         if json or not sys.stdout.isatty():
             print_data(dataclasses.asdict(finding))
         else:
             where = finding.id or f"line {finding.line}"
-            print_text(f"{finding.kind}: {where}: {finding.message}")
+            print_text(printable(f"{finding.kind}: {where}: {finding.message}"))
     summary = verification.summary
-    Console(quiet=quiet).note(
+    console = Console(quiet=quiet, verbose=verbose)
+    console.note(
         f"{ledger}: {count(summary.records, 'record')}, {summary.done:,} done, "
-        f"{count(summary.errors, 'error')}; {count(num_found, 'finding')}"
+        f"{count(summary.errors, 'error')}; {count(found.total(), 'finding')}"
     )
-    raise typer.Exit(3 if num_found else 0)
+    for kind, number in found.most_common():
+        console.detail(f"{kind}: {number:,}")
+    raise typer.Exit(3 if found else 0)
 
 
 def _spoken(text: str, what: str) -> str:
@@ -338,9 +362,10 @@ def _split_question(arguments: list[str], questions: list[str]) -> tuple[list[st
     if questions:
         return arguments, questions
     *paths, question = arguments
+    _spoken(question, "the question")
     if not paths:
         raise UsageError(f"only '{question}' was given; expected PATH... QUESTION")
-    if Path(question).exists():
+    if os.path.exists(question):  # noqa: PTH110  a question may be longer than a name
         raise UsageError(
             f"'{question}' is the question and also a file; write the question last, or use "
             "--question"
@@ -350,8 +375,11 @@ def _split_question(arguments: list[str], questions: list[str]) -> tuple[list[st
 
 def main(argv: list[str] | None = None) -> None:
     """Run the app; print what went wrong as one line and exit with its code."""
-    arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    is_debug = "--debug" in arguments or bool(os.environ.get("VLA2_DEBUG"))
+    # a stream that the caller closed: what is opened next must not take its place
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: PTH123, SIM115  for the whole run
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: PTH123, SIM115
+    arguments = sys.argv[1:] if argv is None else argv
+    shows_traceback = "--debug" in arguments or is_debug()
     try:
         code = app(arguments, standalone_mode=False, prog_name="vla2")
     except typer.Abort:  # Ctrl-C before there was a run
@@ -359,15 +387,15 @@ def main(argv: list[str] | None = None) -> None:
     except typer.TyperException as error:
         code = _fail(_describe_usage(error), error.exit_code)
     except (Vla2Error, CheckpointError) as error:
-        if is_debug:
+        if shows_traceback:
             raise
-        code = _fail(_one_line(str(error)), getattr(error, "exit_code", 1))
+        code = _fail(one_line(str(error)), getattr(error, "exit_code", 1))
     except BrokenPipeError:  # whoever read stdout has gone
         code = 1
     except Exception as error:  # the last resort: one line, whatever it is
-        if is_debug:
+        if shows_traceback:
             raise
-        message = _one_line(f"{type(error).__name__}: {error}")
+        message = one_line(f"{type(error).__name__}: {error}")
         code = _fail(f"unexpected {message}; --debug shows where", 1)
     try:
         sys.stdout.flush()
@@ -380,17 +408,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def _fail(message: str, code: int) -> int:
     if message:
-        print(f"vla2: {message}", file=sys.stderr)  # noqa: T201
+        print(f"vla2: {printable(message)}", file=sys.stderr)  # noqa: T201
     return code
 
 
 def _describe_usage(error: typer.TyperException) -> str:
-    message = _one_line(error.format_message())
+    message = one_line(error.format_message())
     # where a number is wanted, typer does not say what it got instead
     wrong: list[dict[str, Any]] = getattr(error.__cause__, "errors", list)()
     value = repr(wrong[0]["input"]) if wrong else ""
     return message if value in message else f"{message}, got {value}"
-
-
-def _one_line(message: str) -> str:
-    return " ".join(message.split())

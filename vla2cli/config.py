@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vla2_models.files import read_json
 from vla2cli.errors import ModelError, UsageError
 
 DEFAULT_MAX_NEW_TOKENS = 512  # the reference: 2048; a cut text has finish_reason "length"
@@ -19,17 +20,27 @@ DEFAULT_TOP_K = 50  # transformers', where generation_config.json has none
 # settings of generation_config.json that change the tokens and that vla2 does not apply
 UNSUPPORTED_GENERATION = {
     "bad_words_ids": None,
+    "begin_suppress_tokens": None,
     "encoder_no_repeat_ngram_size": 0,
     "exponential_decay_length_penalty": None,
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
+    "guidance_scale": None,
     "min_length": 0,
     "min_new_tokens": None,
+    "min_p": None,
     "no_repeat_ngram_size": 0,
     "num_beams": 1,
     "sequence_bias": None,
+    "stop_strings": None,
     "suppress_tokens": None,
+    "typical_p": 1.0,
 }
+
+
+def is_debug() -> bool:
+    """Tell whether `VLA2_DEBUG` asks for tracebacks."""
+    return os.environ.get("VLA2_DEBUG", "").lower() not in ("", "0", "false", "no", "off")
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,8 @@ def resolve_generation(
         eos_token_id: the tokenizer's, which ends a text in any case.
 
     Raises:
-        ModelError: the file is unreadable, or asks for what is not applied here.
+        CheckpointError: the file is unreadable.
+        ModelError: it asks for what is not applied here.
     """
     saved = _read_generation_config(folder)
     for field, default in UNSUPPORTED_GENERATION.items():
@@ -115,16 +127,9 @@ def resolve_generation(
 
 def _read_generation_config(folder: Path) -> dict[str, Any]:
     path = folder / "generation_config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return {"eos_token_id": config.get("eos_token_id")}
-    except (OSError, ValueError) as error:
-        raise ModelError(f"'{path}' cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"'{path}' holds no JSON object")
-    return content
+    if path.exists():
+        return read_json(path)
+    return {"eos_token_id": read_json(folder / "config.json").get("eos_token_id")}
 
 
 def read_config_file(path: Path, known: Collection[str]) -> Mapping[str, Any]:

@@ -11,10 +11,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from vla2cli.errors import LedgerError, why
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from vla2cli.jobs import Job, Record
+    from vla2cli.jobs import Job
+    from vla2cli.ledger import Record
 
 
 class Console:
@@ -100,7 +103,7 @@ class Watch:
 
     def _print_above(self, message: str) -> None:
         assert self.bar is not None
-        self.bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        self.bar.console.print(printable(message), markup=False, highlight=False, soft_wrap=True)
 
 
 def _make_bar() -> Progress:
@@ -119,7 +122,12 @@ def _make_bar() -> Progress:
 
 
 def _print_line(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)  # noqa: T201
+    print(printable(message), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def printable(text: str) -> str:
+    """Spell out what a terminal would obey: control characters in a file's name."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def print_data(record: Mapping[str, Any]) -> None:
@@ -129,8 +137,13 @@ def print_data(record: Mapping[str, Any]) -> None:
 
 def print_text(text: str) -> None:
     """Write a text as a line on stdout, flushed; always UTF-8, as a ledger is."""
-    sys.stdout.buffer.write((text + "\n").encode("utf-8", "backslashreplace"))
-    sys.stdout.buffer.flush()
+    try:
+        sys.stdout.buffer.write((text + "\n").encode("utf-8", "backslashreplace"))
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise LedgerError(f"cannot write to stdout: {why(error)}") from error
 
 
 def describe_failure(record: Record) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vla2_models.checkpoint import Checkpoint, load_model, open_checkpoint
+from vla2_models.checkpoint import Checkpoint, check_weights, load_model, open_checkpoint
 from vla2_models.fingerprint import hash_weights
 from vla2_models.hub import Source
 from vla2_models.videollama2 import VideoLLaMA2
@@ -114,6 +114,18 @@ class Engine:
         engine.load_weights()
         return engine
 
+    def check(self) -> int:
+        """Check all the files of the checkpoint without reading its weights.
+
+        Returns:
+            The number of parameters.
+
+        Raises:
+            CheckpointError, ModelError: one line about the first thing that is wrong.
+        """
+        _ = self.tokenizer, self.geometry, self.settings(GenerationChoice())
+        return check_weights(self.checkpoint)
+
     def load_weights(self) -> None:
         """Read the weights now; without this call the first clip waits for them."""
         _ = self.model
@@ -133,9 +145,9 @@ class Engine:
         """The checkpoint's tokenizer, checked against its vocabulary."""
         tokenizer = load_tokenizer(self.checkpoint.folder)
         vocab_size = self.checkpoint.config.language.vocab_size
-        if len(tokenizer.pieces) > vocab_size:
+        if tokenizer.num_tokens > vocab_size:
             raise ModelError(
-                f"'{self.checkpoint.folder}': tokenizer.model has {len(tokenizer.pieces)} pieces, "
+                f"'{self.checkpoint.folder}': the tokenizer has {tokenizer.num_tokens} tokens, "
                 f"the model's vocabulary {vocab_size}; the folder mixes two models"
             )
         return tokenizer
@@ -151,9 +163,13 @@ class Engine:
         return identify(self.checkpoint)
 
     @property
-    def dtype_name(self) -> str:
-        """The dtype as records name it."""
-        return str(self.dtype).removeprefix("torch.")
+    def backends(self) -> dict[str, str]:
+        """What a record says of how the stages run: `frontend`, `engine`, `dtype`."""
+        return {
+            "frontend": EagerFrontend.name,
+            "engine": language_engine.NAME,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
 
     def settings(self, choice: GenerationChoice) -> GenerationSettings:
         """Join the user's choice with what the checkpoint's files ask for."""
@@ -276,6 +292,12 @@ def read_geometry(checkpoint: Checkpoint) -> FrameGeometry:
         raise ModelError(
             f"'{config.mm_vision_tower}': preprocessor_config.json is not understood: {error}"
         ) from error
+    size, wanted = (geometry.height, geometry.width), config.vision.image_size
+    if size != (wanted, wanted):
+        raise ModelError(
+            f"'{config.mm_vision_tower}': preprocessor_config.json makes frames of {size[0]} x "
+            f"{size[1]}, the tower takes {wanted} x {wanted}"
+        )
     return geometry
 
 
@@ -286,6 +308,3 @@ def identify(checkpoint: Checkpoint) -> dict[str, str | None]:
         "revision": checkpoint.located.revision,
         "sha256": hash_weights(checkpoint.weight_files()),
     }
-
-
-ENGINE_NAME = language_engine.NAME

@@ -9,6 +9,13 @@ Vla2Error                1  could not go on
 └── InputError           -  one file cannot be used: it becomes an error record
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vla2cli.media.records import FileState
+
 
 class Vla2Error(Exception):
     """A user's problem: printed as one line `vla2: message`, without a traceback."""
@@ -55,3 +62,16 @@ class InputError(Vla2Error):
         super().__init__(message)
         self.kind = kind
         self.stage = stage
+        # the file as it was when it was looked at, as far as that is known
+        self.state: FileState | None = None
+
+
+def one_line(error: object) -> str:
+    """Put a message that may have line breaks on one line."""
+    return " ".join(str(error).split())
+
+
+def why(error: OSError) -> str:
+    """Return the reason in lower case, without number and file name."""
+    text = error.strerror or str(error)
+    return text[:1].lower() + text[1:]

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vla2_models.checkpoint import Checkpoint, check_weights, open_checkpoint
-from vla2_models.config import read_json
+from vla2_models.checkpoint import open_checkpoint
 from vla2_models.errors import CheckpointError
+from vla2_models.files import read_json
 from vla2_models.hub import Source
+from vla2_models.stc import count_tokens
 from vla2cli.console import format_size
+from vla2cli.engine import Engine
+from vla2cli.errors import ModelError
 
 
 def describe_machine() -> list[str]:
@@ -43,8 +46,10 @@ def find_checkpoints(source: Source) -> Iterator[dict[str, Any]]:
         if "videollama2" not in str(raw.get("model_type")):
             continue
         try:
-            yield describe_checkpoint(name, Source(source.hub_dir, offline=True))
-        except CheckpointError as error:
+            # by its folder: the name may mean another one, seen from the current folder
+            offline = Source(source.hub_dir, offline=True)
+            yield {**describe_checkpoint(str(folder), offline), "id": name}
+        except (CheckpointError, ModelError) as error:
             yield {"id": name, "folder": str(folder), "usable": False, "why": str(error)}
 
 
@@ -52,10 +57,10 @@ def describe_checkpoint(name: str, source: Source, revision: str | None = None) 
     """Check a checkpoint by its headers and state its facts.
 
     Raises:
-        CheckpointError: it is nowhere, or would not load.
+        CheckpointError, ModelError: it is nowhere, or would not load.
     """
-    checkpoint: Checkpoint = open_checkpoint(name, source, revision=revision)
-    num_parameters = check_weights(checkpoint)
+    checkpoint = open_checkpoint(name, source, revision=revision)
+    num_parameters = Engine(checkpoint, device="cpu").check()
     config = checkpoint.config
     return {
         "id": name,
@@ -66,10 +71,18 @@ def describe_checkpoint(name: str, source: Source, revision: str | None = None) 
         "tower": config.mm_vision_tower,
         "connector": config.projector_type,
         "num_frames": config.num_frames,
-        "visual_tokens": config.num_visual_tokens,
+        "visual_tokens": count_tokens(config.num_frames, config.num_patches),
         "parameters": num_parameters,
         "size": format_size(checkpoint.size_bytes),
     }
+
+
+def describe_places(source: Source) -> str:
+    """Say where `find_checkpoints` looks."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    places = [HF_HUB_CACHE, source.hub_dir]
+    return " and ".join(f"'{place}'" for place in places if place)
 
 
 def _in_hub_dir(hub_dir: Path | None) -> dict[str, Path]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vla2cli.config import GenerationSettings
-from vla2cli.errors import InputError, LedgerError, UsageError
-from vla2cli.jobs import Job, Record, Task, Work, in_parts, modality_of
+from vla2cli.errors import InputError, LedgerError, UsageError, why
+from vla2cli.inputs import Item
+from vla2cli.jobs import Job, in_parts
+from vla2cli.ledger import Record
 from vla2cli.media.records import Clip
+from vla2cli.plan import Work, modality_of
 from vla2cli.record import error_field, frame_fields, make_record
-from vla2cli.run import RunOptions, run_batch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from vla2cli.engine import Ask, Engine
 
 LEDGER_NAME = "features.jsonl"
+LONGEST_NAME = 200  # bytes; a file system takes 255, and endings follow
 # name -> shape, in the order in which the stages make them; `T` frames, `N` patches of width `C`,
 # `L` positions of width `D`, `V` the vocabulary
 TENSORS = {
@@ -53,10 +58,34 @@ def parse_tensors(names: str | None) -> tuple[str, ...]:
     return tuple(name for name in TENSORS if name in wanted)
 
 
-def feature_path(folder: Path, item_id: str) -> Path:
-    """Return where the tensors of an item go; it never leaves `folder`."""
-    parts = [part.replace("..", "%2E%2E") if part == ".." else part for part in item_id.split("/")]
-    return folder / ("/".join(parts).lstrip("/") + ".safetensors")
+def feature_path(folder: Path, job: Job, item: Item, question: str) -> Path:
+    """Return where the tensors of one record go, another place for each key; inside `folder`.
+
+    `a/1.mp4.safetensors`, or `a/1.mp4@2-6.5.safetensors` for a range; a question of the user's
+    adds `~` and eight digits of its hash.
+    """
+    *parents, name = (part if part != ".." else "%2E%2E" for part in item.id.split("/"))
+    segment = job.sampling.segment_of(item)
+    if segment:
+        start, end = (f"{t:g}" if t is not None else "" for t in segment.values())
+        name += f"@{start}-{end}"
+    if job.task.conversations:
+        name += f"~{_digest(question)[:8]}"
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        name = f"{os.fsencode(name)[:LONGEST_NAME].decode(errors='ignore')}~{_digest(name)[:8]}"
+    return folder.joinpath(*filter(None, parents), f"{name}.safetensors")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def is_missing(work: Work, job: Job, folder: Path) -> bool:
+    """Tell whether a file of a work is gone, though its record is there."""
+    return not all(
+        feature_path(folder, job, work.item, question).exists()
+        for (question,) in work.conversations
+    )
 
 
 def run_features(
@@ -78,37 +107,24 @@ def run_features(
     """
     for outcomes in job.clips(works, should_stop=should_stop):
         for work, found in outcomes:
+            if should_stop():
+                return
             for record in _records(job, work, found, folder, names):
                 job.write(record)
                 yield record
 
 
-def run_feature_command(
-    paths: Sequence[str], options: RunOptions, tensors: str | None, question: str | None
-) -> int:
-    """Do `vla2 features`; returns the exit code.
+def make_folder(folder: Path) -> Path:
+    """Make the folder for the files and return the ledger's path in it.
 
     Raises:
-        UsageError: there is no folder to write to, or an unknown tensor was asked for.
+        LedgerError: it cannot be made.
     """
-    names = parse_tensors(tensors)
-    if options.output in (None, "-"):
-        raise UsageError("features are files; they need a folder: -o FOLDER")
-    folder = Path(str(options.output))
-    if not options.dry_run:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LedgerError(f"cannot make '{folder}': {error.strerror}") from error
-    conversations = ((question,),) if question else ()
-    return run_batch(
-        Task("features", conversations, {"tensors": list(names)}),
-        paths,
-        options,
-        run=lambda job, works, stop: run_features(job, works, folder, names, should_stop=stop),
-        is_missing=lambda work: not feature_path(folder, work.item.id).exists(),
-        ledger_path=str(folder / LEDGER_NAME),
-    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LedgerError(f"cannot make '{folder}': {why(error)}") from error
+    return folder / LEDGER_NAME
 
 
 def _records(
@@ -117,7 +133,7 @@ def _records(
     from vla2cli.engine import Ask
 
     if isinstance(found, InputError):
-        yield from job.failures(work, found)
+        yield from job.failures(work, found, found.state)
         return
     for (question,) in work.conversations:
         ask = Ask(question, modality_of(work.item), None)
@@ -131,7 +147,7 @@ def _records(
         if isinstance(tensors, InputError):
             yield make_record(**fields, error=error_field(tensors))
             continue
-        path = feature_path(folder, work.item.id)
+        path = feature_path(folder, job, work.item, question)
         _save(tensors, path)
         fields["flags"] = [*job.demo_flags, *found.flags]
         yield make_record(
@@ -205,6 +221,7 @@ def _save(tensors: dict[str, Any], path: Path) -> None:
             os.fsync(file.fileno())
         aside.replace(path)
     except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or error
         raise LedgerError(f"cannot write '{path}': {reason}") from error

@@ -25,7 +25,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
-from vla2cli.errors import NoInputError, UsageError
+from vla2cli.errors import NoInputError, UsageError, why
 
 Kind = Literal["video", "image", "audio", "unknown"]
 
@@ -58,7 +58,6 @@ class Item:
     id: str  # stable, valid UTF-8, unique in its `Found`
     path: str  # as the user gave it; bytes that are not UTF-8 are surrogates, see `encode_name`
     kind: Kind  # by extension
-    problem: str | None = None  # why a listed file cannot be used: it becomes an error record
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,6 @@ class _Hit(NamedTuple):
     relative: str
     path: str
     kind: Kind
-    problem: str | None
 
 
 @dataclass(eq=False)
@@ -189,14 +187,12 @@ class _Search:
         root = self.root(parent, argument, parent.rstrip("/") + "/")
         self.add_file(root, argument.rpartition("/")[2], argument, is_named=True)
 
-    def add_file(
-        self, root: _Root, relative: str, path: str, *, is_named: bool, problem: str | None = None
-    ) -> None:
+    def add_file(self, root: _Root, relative: str, path: str, *, is_named: bool) -> None:
         kind = kind_of(path)
         if kind == "unknown" and not is_named:
             root.others.add(relative)
         else:
-            self.hits.append(_Hit(root, relative, path, kind, problem))
+            self.hits.append(_Hit(root, relative, path, kind))
 
     def add_folder(
         self, root: _Root, folder: str, prefix: str, above: frozenset[_Identity] = frozenset()
@@ -239,22 +235,17 @@ class _Search:
         roots: dict[str, _Root] = {}
         for entry in entries:
             path = os.fsdecode(entry)
-            problem, is_folder = None, False
-            try:
-                is_folder = _is_folder(path)
-            except OSError as error:
-                if path.endswith("\r") and separator == b"\n" and os.path.lexists(path[:-1]):
-                    path = path[:-1]  # a list with Windows line ends
-                    is_folder = _is_folder_or_false(path)
-                else:
-                    problem = _why(error)
+            if path.endswith("\r") and separator == b"\n" and not os.path.lexists(path):
+                path = path[:-1]  # a list with Windows line ends
+            # what is not there becomes an error record when it is to be read
+            is_folder = _is_folder_or_false(path)
             folder, relative = _split_listed(path)
             if folder not in roots:
                 roots[folder] = self.root(folder, "-")
             if is_folder:
                 self.add_folder(roots[folder], path, relative)
             else:
-                self.add_file(roots[folder], relative, path, is_named=True, problem=problem)
+                self.add_file(roots[folder], relative, path, is_named=True)
 
 
 def _identify(search: _Search, modality: str) -> Found:
@@ -264,7 +255,7 @@ def _identify(search: _Search, modality: str) -> Found:
     prefixes = _name_roots(roots) if len(roots) > 1 else {id(roots[0]): ""}
     paths: dict[str, str] = {}
     items = []
-    for root, relative, path, kind, problem in search.hits:
+    for root, relative, path, kind in search.hits:
         plain = prefixes[id(root)] + encode_name(relative)
         item_id, number = plain, 1
         while item_id in paths and os.path.realpath(paths[item_id]) != os.path.realpath(path):
@@ -275,7 +266,7 @@ def _identify(search: _Search, modality: str) -> Found:
         paths[item_id] = path
         root.counts[kind] += 1
         if kind in kept or kind == "unknown":
-            items.append(Item(item_id, path, kind, problem))
+            items.append(Item(item_id, path, kind))
         else:
             root.counts["skipped"] += 1
     notes = tuple(
@@ -324,7 +315,7 @@ def _describe_nothing(notes: tuple[Note, ...], noun: str) -> str:
 def _explain(argument: str, error: OSError) -> str:
     """Say why an argument cannot be used, and which neighbour may have been meant."""
     if error.errno not in _GONE - {errno.ENAMETOOLONG}:
-        return f"'{argument}' cannot be read: {_why(error)}"
+        return f"'{argument}' cannot be read: {why(error)}"
     path = Path(argument)
     if path.is_symlink():
         return f"'{argument}' is a link to '{path.readlink()}', which does not exist"
@@ -402,7 +393,7 @@ def _list(folder: str, unreadable: dict[str, None]) -> list[tuple[str, bool]]:
     except NotADirectoryError:
         return []
     except OSError as error:
-        unreadable[f"'{folder or '.'}': {_why(error)}"] = None
+        unreadable[f"'{folder or '.'}': {why(error)}"] = None
         return []
 
 
@@ -461,8 +452,3 @@ def _sort_key(relative: str) -> tuple[bytes, str]:
 
 def _has_wildcard(part: str) -> bool:
     return any(char in part for char in "*?[")
-
-
-def _why(error: OSError) -> str:
-    text = error.strerror or str(error)
-    return text[:1].lower() + text[1:]

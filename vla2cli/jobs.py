@@ -1,6 +1,5 @@
-"""One task over many files: what is left to do, decoding ahead, batches, a record for each key.
+"""One task over many files: decoding ahead, batches, a record for each key.
 
-    Job.plan      items and ledger -> the work that is left
     decode_ahead  work -> clips, in batches, decoded by other processes while the model runs
     Job.run       batches -> records
 
@@ -9,22 +8,32 @@ Nothing here prints: a job yields each record as soon as it is in the ledger.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vla2cli.config import GenerationSettings
-from vla2cli.errors import InputError, ModelError, Vla2Error
+from vla2cli.errors import InputError, ModelError, Vla2Error, one_line
 from vla2cli.inputs import Item
-from vla2cli.ledger import Entry, Key, Ledger, is_current, key_of, settings_digest
+from vla2cli.ledger import Ledger, Record, settings_digest
 from vla2cli.media.pool import DecodePool
 from vla2cli.media.records import Clip, ClipRequest, FileState
-from vla2cli.preprocess import FrameGeometry
+from vla2cli.plan import (
+    Conversation,
+    FrameSampling,
+    Lookup,
+    Plan,
+    Task,
+    Work,
+    key_fields,
+    make_plan,
+    modality_of,
+    outcome,
+    settle_kinds,
+)
 from vla2cli.record import (
     error_field,
     file_fields,
@@ -38,85 +47,13 @@ from vla2cli.record import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vla2cli.engine import Answer, Engine
+    from vla2cli.engine import Answer, Ask, Engine
 
-DEFAULT_PROMPT = "Please describe the {modality} in detail."
 DEMO_FLAG = "builtin-model"
 WAIT_S = 0.2  # how long a request to stop may go unnoticed while nothing is decoded
 
-Conversation = tuple[str, ...]  # questions that follow each other, with the answers in between
-Record = dict[str, Any]
-Lookup = Callable[[Key], Entry | None]
 Row = TypeVar("Row")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is asked of every file."""
-
-    name: str  # caption, ask or features
-    conversations: tuple[Conversation, ...] = ()  # none: the default prompt of the modality
-    options: Mapping[str, Any] = field(default_factory=dict)  # put into a record's `generation`
-
-    def conversations_about(self, item: Item) -> tuple[Conversation, ...]:
-        """Return what to ask about one file."""
-        return self.conversations or ((DEFAULT_PROMPT.format(modality=modality_of(item)),),)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Which pictures of a file are looked at."""
-
-    num_frames: int
-    start_s: float | None = None
-    end_s: float | None = None
-    decoder: str = "pyav"
-
-    def segment_of(self, item: Item) -> dict[str, float | None] | None:
-        """Return the record's `segment`: null for a whole file, and for a picture."""
-        if modality_of(item) == "image" or (self.start_s is None and self.end_s is None):
-            return None
-        return {"start_s": self.start_s, "end_s": self.end_s}
-
-    def request(self, item: Item, geometry: FrameGeometry) -> ClipRequest:
-        """Ask the decoder for one file."""
-        return ClipRequest(
-            path=item.path,
-            kind=item.kind,
-            geometry=geometry,
-            num_frames=self.num_frames,
-            start_s=self.start_s,
-            end_s=self.end_s,
-            decoder=self.decoder,
-        )
-
-
-@dataclass(frozen=True)
-class Work:
-    """One file and the conversations about it that are still to be had."""
-
-    item: Item
-    conversations: tuple[Conversation, ...]
-
-    @property
-    def num_records(self) -> int:
-        """Records that this work will make."""
-        return sum(map(len, self.conversations))
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run would do; the counts are of records."""
-
-    todo: tuple[Work, ...]
-    done: tuple[Work, ...]  # there before
-    failed: tuple[Work, ...]  # error records that are not tried again
-
-    @staticmethod
-    def count(works: Iterable[Work]) -> int:
-        """Count the records of some works."""
-        return sum(work.num_records for work in works)
 
 
 @dataclass
@@ -134,105 +71,6 @@ class Totals:
         else:
             self.done += 1
             self.flagged.update(set(record["flags"]) - {DEMO_FLAG})
-
-
-def modality_of(item: Item) -> str:
-    """Return the modality an item is asked about in."""
-    return "image" if item.kind == "image" else "video"
-
-
-def key_fields(
-    task: Task, sampling: Sampling, item: Item, conversation: Conversation, turn: int
-) -> dict[str, Any]:
-    """Return the fields that make up the key of one turn's record."""
-    return {
-        "id": item.id,
-        "task": task.name,
-        "question": conversation[turn],
-        "segment": sampling.segment_of(item),
-        "history": [{"question": question} for question in conversation[:turn]],
-    }
-
-
-def settle_kinds(items: Sequence[Item], pool: DecodePool) -> list[Item]:
-    """Look into the files whose names do not say whether they are pictures or videos."""
-    probes = {
-        i: pool.submit_probe(item.path, item.kind)
-        for i, item in enumerate(items)
-        if item.kind == "unknown" and item.problem is None
-    }
-    settled = list(items)
-    for i, probe in probes.items():
-        found = outcome(probe)
-        is_image = not isinstance(found, InputError) and found.kind == "image"
-        settled[i] = replace(items[i], kind="image" if is_image else "video")
-    return settled
-
-
-class _ResumeCheck:
-    """Decides whether the records of a conversation still hold; hashes run side by side."""
-
-    def __init__(self, job: Job, lookup: Lookup | None, retry_errors: bool) -> None:
-        self.job = job
-        self.lookup = lookup
-        self.retry_errors = retry_errors
-        self.hashes: dict[str, Future[FileState]] = {}
-
-    @cached_property
-    def wanted(self) -> dict[str, Any]:
-        """Model and settings that a record must come from."""
-        job = self.job
-        return {
-            "model_sha256": job.engine.identity["sha256"],
-            "settings": settings_digest(job.generation),
-        }
-
-    def start(self, item: Item, conversation: Conversation) -> Callable[[], str]:
-        """Begin to decide; the call that comes back says `todo`, `done` or `failed`."""
-        known = []
-        for turn in range(len(conversation)):
-            key = key_of(key_fields(self.job.task, self.job.sampling, item, conversation, turn))
-            entry = self.lookup(key) if self.lookup else None
-            if entry is None or (entry.is_error and self.retry_errors):
-                return lambda: "todo"
-            known.append(entry)
-        return self._compare(item, known)
-
-    def _compare(self, item: Item, known: Sequence[Entry]) -> Callable[[], str]:
-        verdict = "failed" if any(entry.is_error for entry in known) else "done"
-        size_bytes, mtime_ns = _stat(item.path)
-        holds = {
-            is_current(entry, size_bytes=size_bytes, mtime_ns=mtime_ns, **self.wanted)
-            for entry in known
-        }
-        if "changed" in holds:
-            return lambda: "todo"
-        if "hash" not in holds:
-            return lambda: verdict
-        if item.path not in self.hashes:
-            self.hashes[item.path] = self.job.pool.submit_hash(item.path)
-        wanted = {entry.sha256 for entry in known}
-        return lambda: verdict if wanted == {self._sha256(item)} else "todo"
-
-    def _sha256(self, item: Item) -> str | None:
-        state = outcome(self.hashes[item.path])
-        return None if isinstance(state, InputError) else state.sha256
-
-
-def _stat(path: str) -> tuple[int | None, int | None]:
-    try:
-        state = os.stat(path)  # noqa: PTH116  the path may hold any bytes
-    except OSError:
-        return None, None
-    return state.st_size, state.st_mtime_ns
-
-
-def outcome(future: Future[Result]) -> Result | InputError:
-    """Return what a future gives, or the error of its file."""
-    try:
-        return future.result()
-    except InputError as error:
-        return error
 
 
 def decode_ahead(
@@ -280,6 +118,8 @@ def in_parts(
     """
     try:
         return list(function(rows))
+    except InputError as error:
+        failure = error
     except Vla2Error:
         raise
     except Exception as error:  # one file must not end the batch
@@ -294,7 +134,7 @@ def _describe_failure(error: Exception, stage: str) -> InputError:
 
     if isinstance(error, torch.AcceleratorError):
         # after such an error every further call fails as well
-        raise ModelError(f"the device failed: {_one_line(error)}") from error
+        raise ModelError(f"the device failed: {one_line(error)[:300]}") from error
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -304,12 +144,8 @@ def _describe_failure(error: Exception, stage: str) -> InputError:
             stage=stage,
         )
     return InputError(
-        f"unexpected {type(error).__name__}: {_one_line(error)}", kind="failed", stage=stage
+        f"unexpected {type(error).__name__}: {one_line(error)[:300]}", kind="failed", stage=stage
     )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 @dataclass
@@ -346,7 +182,7 @@ class Job:
         self,
         engine: Engine,
         task: Task,
-        sampling: Sampling,
+        sampling: FrameSampling,
         settings: GenerationSettings,
         pool: DecodePool,
         ledger: Ledger | None = None,
@@ -368,10 +204,13 @@ class Job:
         """What every record of a demonstration model is flagged with."""
         return (DEMO_FLAG,) if self.engine.checkpoint.config.is_demo else ()
 
-    @property
-    def generation(self) -> dict[str, Any]:
-        """The record's `generation` and `seed`."""
-        fields = generation_fields(self.settings, self.sampling.num_frames, self.sampling.decoder)
+    def generation(self, item: Item) -> dict[str, Any]:
+        """Return the `generation` and `seed` of an item's record."""
+        if modality_of(item) == "image":  # stands for as many frames as the checkpoint says
+            num_frames, decoder = self.engine.checkpoint.config.num_frames, None
+        else:
+            num_frames, decoder = self.sampling.num_frames, self.sampling.decoder
+        fields = generation_fields(self.settings, num_frames, decoder)
         fields["generation"] |= self.task.options
         return fields
 
@@ -380,38 +219,48 @@ class Job:
     ) -> Plan:
         """Split the items into what is to do, what is done and what failed before.
 
-        A record holds while file, model and settings are the same. Only where size or time differ
-        is a file hashed again.
-
         Args:
             items: what to work on.
             lookup: finds what was done before; by default in the ledger.
             retry_errors: whether what failed before is to do.
+
+        Raises:
+            UsageError: a question holds the placeholder of its own clip, or a record would be
+                replaced by that of another file.
         """
         if lookup is None and self.ledger is not None:
             lookup = self.ledger.lookup
-        check = _ResumeCheck(self, lookup, retry_errors)
-        asked = [
-            (item, conversation)
-            for item in settle_kinds(items, self.pool)
-            for conversation in self.task.conversations_about(item)
-        ]
-        decisions = [check.start(item, conversation) for item, conversation in asked]
-        split: dict[str, list[Work]] = {"todo": [], "done": [], "failed": []}
-        for (item, conversation), decide in zip(asked, decisions, strict=True):
-            works = split[decide()]
-            if works and works[-1].item is item:
-                works[-1] = Work(item, (*works[-1].conversations, conversation))
-            else:
-                works.append(Work(item, (conversation,)))
-        return Plan(*map(tuple, (split["todo"], split["done"], split["failed"])))
+        items = settle_kinds(items, self.pool)
+        self._check_questions(items)
+        return make_plan(
+            items,
+            self.task,
+            self.sampling,
+            self.pool,
+            lookup=lookup,
+            wanted=self._wanted,
+            retry_errors=retry_errors,
+        )
+
+    def _wanted(self, item: Item) -> dict[str, Any]:
+        return {
+            "model_sha256": self.engine.identity["sha256"],
+            "settings": settings_digest(self.generation(item)),
+        }
+
+    def _check_questions(self, items: Sequence[Item]) -> None:
+        from vla2cli.prompt import check_question
+
+        for modality in {modality_of(item) for item in items}:
+            for question in (question for turns in self.task.conversations for question in turns):
+                check_question(question, modality)
 
     def run(
         self, works: Iterable[Work], *, should_stop: Callable[[], bool] = lambda: False
     ) -> Iterator[Record]:
         """Do the work; ends early when asked to stop, after the batch in hand."""
         for outcomes in self.clips(works, should_stop=should_stop):
-            for record in self._answer_batch(outcomes):
+            for record in self._answer_batch(outcomes, should_stop):
                 self.write(record)
                 yield record
 
@@ -424,14 +273,8 @@ class Job:
         self, works: Iterable[Work], *, should_stop: Callable[[], bool]
     ) -> Iterator[list[tuple[Work, Clip | InputError]]]:
         """Yield the works in batches, each with its clip or with what is wrong with its file."""
-        readable: list[Work] = []
-        for work in works:
-            if work.item.problem is None:
-                readable.append(work)
-            else:
-                yield [(work, InputError(work.item.problem, kind="missing", stage="open"))]
         batches = decode_ahead(
-            readable,
+            works,
             self.pool,
             lambda item: self.sampling.request(item, self.engine.geometry),
             batch=self.batch,
@@ -443,11 +286,15 @@ class Job:
                     self.busy_s["decode"] += sum(found.timings_s.values())
             yield outcomes
 
-    def _answer_batch(self, outcomes: Sequence[tuple[Work, Clip | InputError]]) -> Iterator[Record]:
+    def _answer_batch(
+        self,
+        outcomes: Sequence[tuple[Work, Clip | InputError]],
+        should_stop: Callable[[], bool],
+    ) -> Iterator[Record]:
         clips: list[tuple[Work, Clip]] = []
         for work, found in outcomes:
             if isinstance(found, InputError):
-                yield from self.failures(work, found)
+                yield from self.failures(work, found, found.state)
             else:
                 clips.append((work, found))
         if not clips:
@@ -455,7 +302,7 @@ class Job:
         dialogues: list[_Dialogue] = []
         for (work, clip), tokens, encode_s in self._encode(clips):
             if isinstance(tokens, InputError):
-                yield from self.failures(work, tokens, clip)
+                yield from self.failures(work, tokens, clip.state)
                 continue
             dialogues += [
                 _Dialogue(work, clip, tokens, questions, encode_s)
@@ -463,6 +310,8 @@ class Job:
             ]
         while open_now := [dialogue for dialogue in dialogues if dialogue.is_open]:
             for start in range(0, len(open_now), self.batch):
+                if should_stop():  # a conversation that is not over is had again
+                    return
                 yield from self._ask(open_now[start : start + self.batch])
 
     def _encode(
@@ -490,11 +339,20 @@ class Job:
             else:
                 dialogue.answers.append(answer)
             if not dialogue.is_open:
-                # a conversation is recorded when it is over: nobody finds half of one
-                for turn in range(len(dialogue.questions)):
-                    yield self._record(dialogue, turn)
+                yield from self._records(dialogue)
 
-    def _next(self, dialogue: _Dialogue) -> Any:
+    def _records(self, dialogue: _Dialogue) -> Iterator[Record]:
+        """Make the records of a conversation that is over: nobody finds half of one."""
+        for turn in range(len(dialogue.questions)):
+            if turn < len(dialogue.answers):
+                yield self._record(dialogue, turn)
+            else:
+                assert dialogue.failure is not None, f"turn {turn} was not asked"
+                item, state = dialogue.work.item, dialogue.clip.state
+                fields = self.fields(item, dialogue.questions, turn, state)
+                yield make_record(**fields, error=error_field(dialogue.failure))
+
+    def _next(self, dialogue: _Dialogue) -> Ask:
         from vla2cli.engine import Ask
 
         turn = len(dialogue.answers)
@@ -513,9 +371,8 @@ class Job:
         pairs = zip(dialogue.questions[:turn], dialogue.answers)
         return tuple(Turn(question, answer.text) for question, answer in pairs)
 
-    def failures(self, work: Work, error: InputError, clip: Clip | None = None) -> Iterator[Record]:
-        """Make an error record for each turn of a work."""
-        state = clip.state if clip else _partial_state(work.item)
+    def failures(self, work: Work, error: InputError, state: FileState | None) -> Iterator[Record]:
+        """Make an error record for each turn of a work; `state` is of the file that failed."""
         for conversation in work.conversations:
             for turn in range(len(conversation)):
                 common = self.fields(work.item, conversation, turn, state)
@@ -527,9 +384,6 @@ class Job:
         common |= {"frames": frame_fields(clip), "decoder": clip.decoder}
         if turn:
             common["history"] = history_field(self._history(dialogue, turn))
-        if turn >= len(dialogue.answers):
-            assert dialogue.failure is not None
-            return make_record(**common, error=error_field(dialogue.failure))
         answer = dialogue.answers[turn]
         common |= {"flags": [*self.demo_flags, *clip.flags, *answer.flags]}
         return make_record(
@@ -555,9 +409,6 @@ class Job:
         self, item: Item, conversation: Conversation, turn: int, state: FileState | None
     ) -> dict[str, Any]:
         """Return the fields of a record that do not depend on an answer."""
-        from vla2cli.engine import ENGINE_NAME
-        from vla2cli.frontend.eager import NAME as FRONTEND_NAME
-
         key = key_fields(self.task, self.sampling, item, conversation, turn)
         if not turn:
             del key["history"]
@@ -568,16 +419,6 @@ class Job:
             "flags": [],
             "model": self.engine.identity,
             "decoder": self.sampling.decoder,
-            "frontend": FRONTEND_NAME,
-            "engine": ENGINE_NAME,
-            "dtype": self.engine.dtype_name,
-            **self.generation,
+            **self.engine.backends,
+            **self.generation(item),
         }
-
-
-def _partial_state(item: Item) -> FileState | None:
-    """Return what is known of a file that was not read: its size and time, no hash."""
-    size_bytes, mtime_ns = _stat(item.path)
-    if size_bytes is None or mtime_ns is None:
-        return None
-    return FileState(size_bytes=size_bytes, mtime_ns=mtime_ns, sha256="")

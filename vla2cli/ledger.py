@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from vla2cli.errors import LedgerBusyError, LedgerError
+from vla2cli.errors import LedgerBusyError, LedgerError, why
 
 Record = dict[str, Any]
 Segment = tuple[float | None, float | None]  # start_s, end_s
@@ -95,6 +95,7 @@ class Entry:
     """What resuming needs to know of the last record of a key."""
 
     is_error: bool
+    path: str | None
     size_bytes: int | None
     mtime_ns: int | None
     sha256: str | None
@@ -108,6 +109,7 @@ class Entry:
         model_sha256 = model.get("sha256") if isinstance(model, Mapping) else None
         return cls(
             is_error=record.get("error") is not None,
+            path=record.get("path"),
             size_bytes=record.get("size_bytes"),
             mtime_ns=record.get("mtime_ns"),
             sha256=record.get("sha256"),
@@ -134,7 +136,8 @@ def is_current(
         return "changed"
     if (entry.size_bytes, entry.mtime_ns) == (size_bytes, mtime_ns):
         return "same"
-    return "hash" if entry.sha256 is not None else "changed"
+    is_touched = entry.size_bytes == size_bytes and entry.sha256 is not None
+    return "hash" if is_touched else "changed"
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[int, Record | None, bytes]]:
@@ -194,7 +197,7 @@ class Ledger:
             LedgerError: the file cannot be written or is not a ledger; it was not changed.
         """
         name = os.fspath(path)
-        real = _resolve_output(name)
+        real = check_output(name)
         ledger = cls(real, name, _lock(_beside(real, "lock"), name))
         try:
             if force and os.path.lexists(real):
@@ -373,8 +376,15 @@ def start_of(raw: bytes) -> str:
     return ascii(raw[:24].decode("utf-8", "replace"))
 
 
-def _resolve_output(name: str) -> Path:
-    """Follow links and check that a regular file stands there, or can."""
+def check_output(name: str) -> Path:
+    """Follow links and check that a regular file stands there, or can.
+
+    Returns:
+        The path without links.
+
+    Raises:
+        LedgerError: it is something else, or its folder does not exist.
+    """
     real = Path(os.path.realpath(name))
     # /dev/stdout may lead to a regular file, which the shell has open already
     if str(Path(name).absolute()).startswith(("/dev/std", "/dev/fd/", "/proc/")):
@@ -470,9 +480,3 @@ def _sync_folder(path: Path) -> None:
             os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def why(error: OSError) -> str:
-    """Return the reason in lower case, without number and file name."""
-    text = error.strerror or str(error)
-    return text[:1].lower() + text[1:]

@@ -6,13 +6,17 @@ default that `--help` shows.
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from vla2cli.config import DEFAULT_MAX_NEW_TOKENS, read_config_file
+from vla2cli.config import GenerationChoice, read_config_file
 from vla2cli.errors import UsageError
+from vla2cli.plan import FrameSampling
 
 
 def _option(*names: str, help: str, env: bool = True, **more: Any) -> Any:
@@ -23,9 +27,18 @@ def _option(*names: str, help: str, env: bool = True, **more: Any) -> Any:
 def _use_config(ctx: typer.Context, path: Path | None) -> Path | None:
     """Make the file's settings the defaults of this command; runs before other flags are read."""
     if path is not None:
-        known = {p.name for p in ctx.command.params if p.name} - {"config", "help"}
-        ctx.default_map = dict(read_config_file(path, known))
+        # a file is read too late for --debug
+        params = {p.name: p for p in ctx.command.params if p.name}
+        settings = read_config_file(path, params.keys() - {"config", "help", "debug"})
+        ctx.default_map = {
+            name: [value] if _takes_several(params[name]) and isinstance(value, str) else value
+            for name, value in settings.items()
+        }
     return path
+
+
+def _takes_several(param: Any) -> bool:
+    return param.nargs == -1 or getattr(param, "multiple", False)
 
 
 def parse_time(text: str | None) -> float | None:
@@ -75,7 +88,7 @@ Revision = Annotated[
 ]
 HubDir = Annotated[
     Path | None,
-    _option("--hub-dir", help="Folder that holds models as owner/name; looked into first."),
+    _option("--hub-dir", help="Folder of models as owner/name; looked into before the hub."),
 ]
 Offline = Annotated[bool, _option("--offline", help="Never use the network.")]
 Device = Annotated[str, _option("--device", help="auto, cpu, cuda or cuda:N.")]
@@ -146,4 +159,78 @@ Debug = Annotated[bool, _option("--debug", help="Show the traceback of what went
 
 DEFAULT_DECODE_TIMEOUT = 60.0  # seconds
 DEFAULT_DECODE_MEMORY = 4.0  # GB
-DEFAULT_TOKENS = DEFAULT_MAX_NEW_TOKENS
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The flags that all batch commands share, as typed."""
+
+    model: str | None
+    revision: str | None
+    hub_dir: Path | None
+    offline: bool
+    device: str
+    dtype: str
+    batch: int
+    modality: str
+    start: str | None
+    end: str | None
+    frames: int | None
+    decoder: str
+    decode_timeout: float
+    decode_memory: float
+    workers: int | None
+    max_new_tokens: int
+    temperature: float
+    top_p: float | None
+    top_k: int | None
+    seed: int
+    output: str | None
+    force: bool
+    retry_errors: bool
+    dry_run: bool
+    json: bool
+    quiet: bool
+    verbose: bool
+    debug: bool
+
+    @classmethod
+    def of(cls, flags: Mapping[str, Any]) -> RunOptions:
+        """Take the shared flags out of a command's arguments."""
+        return cls(**{field.name: flags[field.name] for field in fields(cls)})
+
+    def check(self) -> None:
+        """Refuse values that mean nothing, before anything is opened.
+
+        Raises:
+            UsageError: naming the flag and the value.
+        """
+        for flag, value in (("batch", self.batch), ("workers", self.workers)):
+            if value is not None and value < 1:
+                raise UsageError(f"'--{flag} {value}': at least 1 is needed")
+        limits = {"decode-timeout": self.decode_timeout, "decode-memory": self.decode_memory}
+        for flag, limit in limits.items():
+            if not 0 < limit < float("inf"):
+                raise UsageError(f"'--{flag} {limit}': expected a number above 0")
+        if self.decoder == "decord" and importlib.util.find_spec("decord") is None:
+            raise UsageError("'--decoder decord': decord is not installed here; use pyav")
+        if self.output in (None, "-") and (self.force or self.retry_errors):
+            raise UsageError("--force and --retry-errors are about a ledger; they need -o FILE")
+        _ = self.generation, self.sampling(1)
+
+    @property
+    def generation(self) -> GenerationChoice:
+        """How the model goes on."""
+        return GenerationChoice(
+            self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.seed
+        )
+
+    def sampling(self, num_frames: int) -> FrameSampling:
+        """Which pictures are looked at; `num_frames` is the checkpoint's own number."""
+        num_frames = self.frames if self.frames is not None else num_frames
+        return FrameSampling(num_frames, parse_time(self.start), parse_time(self.end), self.decoder)
+
+    @property
+    def ledger_path(self) -> str | None:
+        """The ledger's path; None where records go to stdout."""
+        return None if self.output in (None, "-") else self.output

@@ -6,7 +6,7 @@ the vision tower notices.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -62,13 +62,9 @@ class FrameGeometry:
             resample=_filter(config.get("resample", _BICUBIC)),
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain values that JSON can carry."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "FrameGeometry":
-        """Rebuild from `to_dict`, also after a trip through JSON."""
+        """Rebuild from `dataclasses.asdict`, also after a trip through JSON."""
         mean, std = _three(fields["image_mean"]), _three(fields["image_std"])
         return cls(**{**fields, "image_mean": mean, "image_std": std})
 

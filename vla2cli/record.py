@@ -80,12 +80,12 @@ def file_fields(item: Item, state: FileState | None) -> dict[str, Any]:
 
 
 def generation_fields(
-    settings: GenerationSettings, num_frames: int, decoder: str
+    settings: GenerationSettings, num_frames: int, decoder: str | None
 ) -> dict[str, Any]:
     """Describe what decided the tokens: `generation` and `seed`.
 
-    The seed of a greedy run decides nothing and is null. `decoder` is the one asked for; pictures
-    go through another, which the record's own `decoder` names.
+    The seed of a greedy run decides nothing and is null. `decoder` is the one asked for; null
+    where there is no choice.
     """
     generation = {
         "max_new_tokens": settings.max_new_tokens,

@@ -1,20 +1,15 @@
-"""A batch command from its flags to its exit code: `caption`, `ask` and `features` alike."""
+"""A batch command from its options to its exit code: `caption`, `ask` and `features` alike."""
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from itertools import compress
-from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from vla2cli.config import GenerationChoice
 from vla2cli.console import (
     Console,
     count,
@@ -27,143 +22,22 @@ from vla2cli.console import (
 )
 from vla2cli.errors import InputError, NoInputError, UsageError
 from vla2cli.inputs import Found, Item, Note, find_items
-from vla2cli.ledger import Ledger, read_index
-from vla2cli.options import parse_time
+from vla2cli.jobs import Job, Totals
+from vla2cli.ledger import Ledger, Record, check_output, read_index
+from vla2cli.media.pool import DecodePool, default_num_workers
+from vla2cli.options import RunOptions
+from vla2cli.plan import Plan, Task, Work, count_records, outcome, settle_kinds
+from vla2cli.stop import Stop
 
 if TYPE_CHECKING:
     from vla2cli.engine import Engine
-    from vla2cli.jobs import Job, Plan, Record, Sampling, Task, Totals, Work
 
-MAX_FRAMES = 32  # upstream cuts a longer list without a word
 LONG_BYTES = 1e9  # reading more takes seconds: say so
 NOUNS = {"caption": "caption", "ask": "answer", "features": "feature file"}
 PUBLIC_MODELS = ("DAMO-NLP-SG/VideoLLaMA2-7B", "DAMO-NLP-SG/VideoLLaMA2-7B-16F")
 AV_MODEL = "DAMO-NLP-SG/VideoLLaMA2.1-7B-AV"
 
-
-@dataclass(frozen=True)
-class RunOptions:
-    """The flags that all batch commands share, as typed; see `vla2cli.options`."""
-
-    model: str | None
-    revision: str | None
-    hub_dir: Path | None
-    offline: bool
-    device: str
-    dtype: str
-    batch: int
-    modality: str
-    start: str | None
-    end: str | None
-    frames: int | None
-    decoder: str
-    decode_timeout: float
-    decode_memory: float
-    workers: int | None
-    max_new_tokens: int
-    temperature: float
-    top_p: float | None
-    top_k: int | None
-    seed: int
-    output: str | None
-    force: bool
-    retry_errors: bool
-    dry_run: bool
-    json: bool
-    quiet: bool
-    verbose: bool
-    debug: bool
-
-    @classmethod
-    def of(cls, flags: Mapping[str, Any]) -> RunOptions:
-        """Take the shared flags out of a command's arguments."""
-        return cls(**{field.name: flags[field.name] for field in fields(cls)})
-
-    def check(self) -> None:
-        """Refuse values that mean nothing, before anything is opened.
-
-        Raises:
-            UsageError: naming the flag and the value.
-        """
-        if self.frames is not None and self.frames < 1:
-            raise UsageError(f"'--frames {self.frames}': at least 1 frame is needed")
-        if self.frames is not None and self.frames > MAX_FRAMES:
-            raise UsageError(f"'--frames {self.frames}': the model takes at most {MAX_FRAMES}")
-        for flag, value in (("batch", self.batch), ("workers", self.workers)):
-            if value is not None and value < 1:
-                raise UsageError(f"'--{flag} {value}': at least 1 is needed")
-        limits = {"decode-timeout": self.decode_timeout, "decode-memory": self.decode_memory}
-        for flag, limit in limits.items():
-            if not 0 < limit < float("inf"):
-                raise UsageError(f"'--{flag} {limit}': expected a number above 0")
-        start_s, end_s = parse_time(self.start), parse_time(self.end)
-        if end_s is not None and end_s <= (start_s or 0.0):
-            raise UsageError(f"'--end {self.end}': the range ends before it begins")
-        if self.output in (None, "-") and (self.force or self.retry_errors):
-            raise UsageError("--force and --retry-errors are about a ledger; they need -o FILE")
-        _ = self.generation
-
-    @property
-    def generation(self) -> GenerationChoice:
-        """How the model goes on."""
-        return GenerationChoice(
-            self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.seed
-        )
-
-    def sampling(self, engine: Engine) -> Sampling:
-        """Which pictures are looked at."""
-        from vla2cli.jobs import Sampling
-
-        num_frames = self.frames or engine.checkpoint.config.num_frames
-        return Sampling(num_frames, parse_time(self.start), parse_time(self.end), self.decoder)
-
-    @property
-    def ledger_path(self) -> str | None:
-        """The ledger's path; None where records go to stdout."""
-        return None if self.output in (None, "-") else self.output
-
-
-RunRecords = Callable[["Job", Sequence["Work"], Callable[[], bool]], Iterator["Record"]]
-
-
-class Stop:
-    """SIGINT and SIGTERM during a run: the first ends it after the batch in hand."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.signum: int | None = None
-        self.is_running = False  # until then there is nothing in hand
-
-    def __enter__(self) -> Stop:
-        """Take over the signals."""
-        self.before = {s: signal.signal(s, self._take) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Give the signals back."""
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
-
-    def __call__(self) -> bool:
-        """Tell whether to stop."""
-        return self.signum is not None
-
-    def _take(self, signum: int, _frame: FrameType | None) -> None:
-        if self.is_running and self.signum is None:
-            self.signum = signum
-            if not self.console.quiet:
-                _say("stopping after the record in hand …")
-            return
-        if not self.is_running:
-            _say(f"vla2: ended by {signal.Signals(signum).name}; nothing was run")
-        # the ledger is whole at any moment and the decoding processes die with this one; an
-        # exception would be lost where a library that is just being imported catches them all
-        os._exit(128 + signum)
-
-
-def _say(message: str) -> None:
-    # the interrupted code may be in the middle of printing
-    os.write(2, f"{message}\n".encode())
+RunRecords = Callable[[Job, Sequence[Work], Callable[[], bool]], Iterator[Record]]
 
 
 def run_batch(
@@ -171,8 +45,8 @@ def run_batch(
     paths: Sequence[str],
     options: RunOptions,
     *,
-    run: RunRecords | None = None,
-    is_missing: Callable[[Work], bool] = lambda _: False,
+    run: RunRecords = lambda job, works, should_stop: job.run(works, should_stop=should_stop),
+    is_missing: Callable[[Work, Job], bool] = lambda work, job: False,
     ledger_path: str | None = None,
 ) -> int:
     """Do a task over what the paths hold.
@@ -183,26 +57,21 @@ def run_batch(
         options: its flags, checked.
         run: makes the records; by default `Job.run`.
         is_missing: whether a work that the ledger calls done has to be done again.
-        ledger_path: overrides the one of `--output`.
+        ledger_path: where records go; None for stdout.
 
     Returns:
         The exit code.
     """
-    from vla2cli.jobs import Job
-    from vla2cli.media.pool import DecodePool, default_num_workers
-
     console = Console(quiet=options.quiet, verbose=options.verbose)
-    ledger_path = ledger_path or options.ledger_path
     with ExitStack() as stack:
         stop = stack.enter_context(Stop(console))
+        # a model without ears is the first thing wrong with a search for sound
+        engine = open_engine(options, console) if options.modality in ("audio", "av") else None
         found = find_items(paths, modality=options.modality)
-        engine = open_engine(options, console)
+        if ledger_path is not None:
+            check_output(ledger_path)
+        engine = engine or open_engine(options, console)
         items = usable_items(found, options, console)
-        check_questions(task, items)
-        ledger = None
-        if ledger_path is not None and not options.dry_run:
-            ledger = stack.enter_context(Ledger.open(ledger_path, force=options.force))
-            _note_repairs(ledger, ledger_path, console)
         pool = stack.enter_context(
             DecodePool(
                 options.workers or default_num_workers(),
@@ -210,24 +79,31 @@ def run_batch(
                 memory_bytes=int(options.decode_memory * 2**30),
             )
         )
+        items = [item for item in settle_kinds(items, pool) if _is_wanted(item, options.modality)]
+        ledger = None
+        if ledger_path is not None and not options.dry_run:
+            ledger = stack.enter_context(Ledger.open(ledger_path, force=options.force))
+            _note_repairs(ledger, ledger_path, console)
+        sampling = options.sampling(engine.checkpoint.config.num_frames)
         settings = engine.settings(options.generation)
-        job = Job(
-            engine, task, options.sampling(engine), settings, pool, ledger, batch=options.batch
-        )
+        job = Job(engine, task, sampling, settings, pool, ledger, batch=options.batch)
         _note_hashing(engine, console)
-        lookup = read_index(ledger_path).get if ledger_path and options.dry_run else None
+        lookup = None
+        if options.dry_run and ledger_path and not options.force:
+            lookup = read_index(ledger_path).get
         plan = job.plan(items, lookup=lookup, retry_errors=options.retry_errors)
-        plan = _without_missing(plan, is_missing)
+        plan = _without_missing(plan, lambda work: is_missing(work, job))
         if options.dry_run:
             return _preview(job, plan, console)
         _note_plan(plan, ledger_path, console)
-        load_weights(engine, console)
-        show = _shower(options, ledger_path, items, plan)
-        return _follow(job, plan, run or _run_job, show, stop, console, ledger_path)
+        if plan.todo:
+            load_weights(engine, console)
+        show = _shower(options, ledger_path, items)
+        return _follow(job, plan, run, show, stop, console, ledger_path)
 
 
 def open_engine(options: RunOptions, console: Console) -> Engine:
-    """Find the model; its weights are not read yet.
+    """Find the model and check all its files; its weights are not read yet.
 
     Raises:
         UsageError: none was named, or it has no ears for the modality asked for.
@@ -237,7 +113,7 @@ def open_engine(options: RunOptions, console: Console) -> Engine:
             f"no model: give --model FOLDER, or a hub id like --model {PUBLIC_MODELS[0]}"
         )
     console.note(f"loading '{options.model}' …")
-    from vla2_models.checkpoint import check_weights, open_checkpoint
+    from vla2_models.checkpoint import open_checkpoint
     from vla2_models.hub import Source
     from vla2cli.engine import Engine
 
@@ -245,22 +121,31 @@ def open_engine(options: RunOptions, console: Console) -> Engine:
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
-    source = Source(options.hub_dir, options.offline)
+    source = Source(
+        options.hub_dir,
+        options.offline,
+        on_fetch=lambda name: console.note(f"fetching '{name}' from the hub …"),
+    )
     checkpoint = open_checkpoint(options.model, source, revision=options.revision)
     if options.modality in ("audio", "av"):
         raise UsageError(
             f"--modality {options.modality} needs a model with an audio branch; "
             f"{options.model} has none (try {AV_MODEL})"
         )
-    # by the headers, in a moment: a wrong folder is refused before the output is touched
-    check_weights(checkpoint)
+    engine = Engine(checkpoint, device=options.device, dtype=options.dtype)
+    # in a moment, from headers: a wrong folder is refused before the output is touched
+    engine.check()
     if checkpoint.config.is_demo:
         console.note(
             f"vla2: '{options.model}' is a demonstration model with random weights: its words "
             "mean nothing."
         )
         console.note(f"For real videos: --model {PUBLIC_MODELS[1]}")
-    return Engine(checkpoint, device=options.device, dtype=options.dtype)
+    return engine
+
+
+def _is_wanted(item: Item, modality: str) -> bool:
+    return modality not in ("video", "image") or item.kind == modality
 
 
 def usable_items(found: Found, options: RunOptions, console: Console) -> list[Item]:
@@ -299,20 +184,6 @@ def _describe_note(note: Note, modality: str) -> str:
     return ", ".join(parts) or f"no video or image (looked at {count(note.looked_at, 'file')})"
 
 
-def check_questions(task: Task, items: Sequence[Item]) -> None:
-    """Refuse questions that hold a placeholder, before the first clip is decoded.
-
-    Raises:
-        UsageError: naming the question.
-    """
-    from vla2cli.jobs import modality_of
-    from vla2cli.prompt import check_question
-
-    for modality in {modality_of(item) for item in items}:
-        for question in (question for turns in task.conversations for question in turns):
-            check_question(question, modality)
-
-
 def _note_hashing(engine: Engine, console: Console) -> None:
     from vla2_models.fingerprint import is_remembered
 
@@ -330,7 +201,7 @@ def load_weights(engine: Engine, console: Console) -> None:
     engine.load_weights()
     console.detail(
         f"{format_size(size_bytes)} read in {format_duration(time.perf_counter() - started)}; "
-        f"{engine.dtype_name} on {engine.device}"
+        f"{engine.backends['dtype']} on {engine.device}"
     )
 
 
@@ -341,7 +212,7 @@ def _note_repairs(ledger: Ledger, path: str, console: Console) -> None:
         )
     if ledger.bad_lines:
         console.note(
-            f"vla2: {path}: {count(len(ledger.bad_lines), 'line')} no record, left as found "
+            f"vla2: {path}: lines that are no record: {len(ledger.bad_lines):,}, left as found "
             f"(first: {ledger.bad_lines[0]}); see: vla2 verify {path}"
         )
 
@@ -356,7 +227,7 @@ def _without_missing(plan: Plan, is_missing: Callable[[Work], bool]) -> Plan:
 
 
 def _note_plan(plan: Plan, path: str | None, console: Console) -> None:
-    todo, done, failed = (plan.count(part) for part in (plan.todo, plan.done, plan.failed))
+    todo, done, failed = map(count_records, (plan.todo, plan.done, plan.failed))
     if todo and done + failed:
         console.note(
             f"{path}: {done + failed:,} of {todo + done + failed:,} done before; {todo:,} to do"
@@ -367,47 +238,49 @@ def _note_plan(plan: Plan, path: str | None, console: Console) -> None:
 
 
 def _preview(job: Job, plan: Plan, console: Console) -> int:
-    """Say what would be done with each file, in the order of their ids' sections."""
-    from vla2cli.jobs import outcome
-
-    num_unreadable = 0
+    """Say what would be done: first the files to do, then those to skip; as JSON Lines."""
     probes = [(work, job.pool.submit_probe(work.item.path, work.item.kind)) for work in plan.todo]
+    num_unreadable = 0
     for work, probe in probes:
         found = outcome(probe)
         line: dict[str, Any] = {"id": work.item.id, "action": job.task.name}
         if isinstance(found, InputError):
-            num_unreadable += 1
+            num_unreadable += work.num_records
             line |= {"action": "unreadable", "why": str(found)}
+        elif found.kind == "video":
+            line |= {
+                "frames": job.sampling.num_frames,
+                "duration_s": round(found.duration_s, 3),
+            }
         else:
-            is_video = found.kind == "video"
-            line |= {"frames": job.sampling.num_frames if is_video else 1}
-            line |= {"duration_s": round(found.duration_s, 3)} if is_video else {}
+            line |= {"frames": 1}
         print_data(line)
     for works, why in ((plan.done, "done"), (plan.failed, "error")):
         for work in works:
             print_data({"id": work.item.id, "action": "skip", "why": why})
-    done = plan.count(plan.done) + plan.count(plan.failed)
+    done = count_records(plan.done) + count_records(plan.failed)
     console.note(
-        f"{plan.count(plan.todo) - num_unreadable:,} to do, {done:,} done, "
+        f"{count_records(plan.todo) - num_unreadable:,} to do, {done:,} done, "
         f"{num_unreadable:,} unreadable; nothing was run"
     )
     return 0
 
 
-def _run_job(job: Job, works: Sequence[Work], should_stop: Callable[[], bool]) -> Iterator[Record]:
-    return job.run(works, should_stop=should_stop)
-
-
 def _shower(
-    options: RunOptions, ledger_path: str | None, items: Sequence[Item], plan: Plan
+    options: RunOptions, ledger_path: str | None, items: Sequence[Item]
 ) -> Callable[[Record], None]:
     """Choose what goes to stdout: nothing beside a ledger, plain text or JSON Lines."""
     if ledger_path is not None:
         return lambda record: None
     is_plain = len(items) == 1 and sys.stdout.isatty() and not options.json and not options.output
-    if not is_plain:
-        return print_data
-    return lambda record: print_text(record["text"]) if record.get("text") is not None else None
+    return _print_plain if is_plain else print_data
+
+
+def _print_plain(record: Record) -> None:
+    if record.get("error") is None:
+        print_text(record["text"])
+    else:  # this is the whole result: --quiet does not swallow it
+        Console().note(f"vla2: {describe_failure(record)}")
 
 
 def _follow(
@@ -420,20 +293,17 @@ def _follow(
     ledger_path: str | None,
 ) -> int:
     """Run the plan, show what comes, sum up."""
-    from vla2cli.jobs import Totals
-
     totals = Totals()
-    num_todo = plan.count(plan.todo)
+    num_todo = count_records(plan.todo)
     started = time.monotonic()
     stop.is_running = True
     with console.watch(job, num_todo, is_shown=ledger_path is None) as watch:
         for record in run(job, plan.todo, stop):
             totals.add(record)
             show(record)
-            if record.get("error") is not None:
-                console.note(
-                    f"{describe_failure(record)}{' (recorded, going on)' * (num_todo > 1)}"
-                )
+            if record.get("error") is not None and show is not _print_plain:
+                going_on = " (recorded, going on)" if num_todo > 1 else ""
+                console.note(f"{describe_failure(record)}{going_on}")
             watch.advance(totals.done + totals.errors)
     num_seen = totals.done + totals.errors
     if stop() and num_seen < num_todo:
@@ -459,7 +329,7 @@ def _summary(job: Job, totals: Totals, elapsed_s: float, ledger_path: str | None
 
 def _exit_code(plan: Plan, totals: Totals) -> int:
     """0: every item done; 3: some have errors, from now or before; 4: all have."""
-    errors = totals.errors + plan.count(plan.failed)
+    errors = totals.errors + count_records(plan.failed)
     if not errors:
         return 0
-    return 3 if totals.done + plan.count(plan.done) else 4
+    return 3 if totals.done + count_records(plan.done) else 4

@@ -10,7 +10,6 @@ Source: transformers 4.40.0, tokenization_utils.py and models/llama/tokenization
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
+from vla2_models.files import read_json
 from vla2cli.errors import ModelError
 
 PREFIX = "▁"  # sentencepiece's mark of a space
@@ -33,6 +33,11 @@ class Tokenizer:
     bos_token: str
     eos_token: str
     chat_template: str  # Jinja source
+
+    @property
+    def num_tokens(self) -> int:
+        """One more than the largest id that a text can have."""
+        return max(len(self.pieces), *(i + 1 for i in self.special_ids.values()))
 
     @property
     def eos_token_id(self) -> int:
@@ -68,9 +73,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Read tokenizer.model and tokenizer_config.json.
 
     Raises:
-        ModelError: a file is absent or not understood, or there is no chat template.
+        CheckpointError: tokenizer_config.json is absent or unreadable.
+        ModelError: tokenizer.model is, or there is no chat template.
     """
-    settings = _read_settings(folder)
+    settings = read_json(folder / "tokenizer_config.json")
     path = folder / "tokenizer.model"
     if not path.exists():
         raise ModelError(f"'{folder}' has no tokenizer.model")
@@ -80,28 +86,22 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise ModelError(f"'{path}' is not a sentencepiece model") from error
     bos_token = _token_text(settings.get("bos_token")) or "<s>"
     eos_token = _token_text(settings.get("eos_token")) or "</s>"
-    special_ids = _special_ids(settings, pieces)
+    special_ids = _special_ids(folder, settings, pieces)
     for token in (bos_token, eos_token):
         special_ids.setdefault(token, pieces.piece_to_id(token))
     return Tokenizer(pieces, special_ids, bos_token, eos_token, _chat_template(folder, settings))
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"'{folder}' has no tokenizer_config.json") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"'{path}' cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise ModelError(f"'{path}' holds no JSON object")
-    return settings
-
-
-def _special_ids(settings: dict[str, Any], pieces: SentencePieceProcessor) -> dict[str, int]:
+def _special_ids(
+    folder: Path, settings: dict[str, Any], pieces: SentencePieceProcessor
+) -> dict[str, int]:
     added = settings.get("added_tokens_decoder") or {}
-    ids = {entry["content"]: int(i) for i, entry in added.items()}
+    try:
+        ids = {str(entry["content"]): int(i) for i, entry in added.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"'{folder}': added_tokens_decoder of tokenizer_config.json is not understood"
+        ) from error
     unk_token = _token_text(settings.get("unk_token"))
     if unk_token:
         ids.setdefault(unk_token, pieces.unk_id())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote_to_bytes
 
-from vla2cli.errors import LedgerError
+from vla2cli.errors import LedgerError, why
 from vla2cli.ledger import (
     Key,
     Record,
@@ -18,7 +18,6 @@ from vla2cli.ledger import (
     key_of,
     read_records,
     start_of,
-    why,
 )
 
 # flags that say a text may be no true answer; the others only describe

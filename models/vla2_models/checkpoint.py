@@ -17,8 +17,9 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .config import CheckpointConfig, read_config, read_json, tower_name
+from .config import CheckpointConfig, read_config, tower_name
 from .errors import CheckpointError
+from .files import read_json
 from .hub import TOWER_FILES, Located, Source, locate, shard_names
 from .videollama2 import VideoLLaMA2, public_name
 

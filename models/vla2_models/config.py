@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, MistralConfig
 
 from .errors import CheckpointError
-from .stc import count_tokens
+from .files import read_json
 
 DEFAULT_NUM_FRAMES = 8  # upstream constants.py, where config.json has no `num_frames`
 DEMO_KEY = "vla2_demo_model"  # set in config.json of models whose words are no evidence
@@ -51,28 +51,6 @@ class CheckpointConfig:
         assert isinstance(image_size, int)
         assert isinstance(patch_size, int)
         return (image_size // patch_size) ** 2
-
-    @property
-    def num_visual_tokens(self) -> int:
-        """Visual tokens of one clip of `num_frames` frames, or of one picture."""
-        return count_tokens(self.num_frames, self.num_patches)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file of a checkpoint.
-
-    Raises:
-        CheckpointError: the file is absent, unreadable or no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"'{path.parent}' has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{path}' cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"'{path}' holds a {type(content).__name__}, expected an object")
-    return content
 
 
 def read_config(folder: Path, tower_folder: Path) -> CheckpointConfig:

@@ -20,7 +20,8 @@ _Entry = list[int | str]  # size in bytes, time of change in ns, SHA-256
 
 def default_cache() -> Path:
     """Return the file that remembers hashes between runs: `$XDG_CACHE_HOME/vla2/weights.json`."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    # without a home the name stays as it is, in the working folder's "~": then nothing is kept
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
     return Path(root) / "vla2" / "weights.json"
 
 
@@ -41,9 +42,9 @@ def hash_weights(files: Iterable[Path], cache: Path | None = None) -> str:
     for path in sorted(files, key=lambda path: path.name):
         digest = _recall(known, path)
         if digest is None:
+            stat = path.stat()
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            stat = path.stat()
             fresh[str(path.resolve())] = [stat.st_size, stat.st_mtime_ns, digest]
         total.update(f"{path.name}\0{digest}\0".encode())
     if fresh:
@@ -75,10 +76,11 @@ def _read_cache(path: Path) -> dict[str, _Entry]:
 
 def _write_cache(path: Path, content: dict[str, _Entry]) -> None:
     # only a convenience: a read-only home costs a second hashing, not the run
+    if not path.is_absolute():
+        return
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, delete=False
-        ) as file:
-            json.dump(content, file)
-        Path(file.name).replace(path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as aside:
+            whole = Path(aside, path.name)
+            whole.write_text(json.dumps(content), encoding="utf-8")
+            whole.replace(path)

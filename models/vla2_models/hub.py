@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import read_json
 from .errors import CheckpointError
+from .files import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 # never a pickle, never code
@@ -20,6 +22,7 @@ class Source:
 
     hub_dir: Path | None = None  # holds folders named like hub ids: owner/name
     offline: bool = False  # never go to the hub itself
+    on_fetch: Callable[[str], None] | None = None  # told what is about to be fetched
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,11 @@ def locate(
     if snapshot is None and source.offline:
         where = f" or under '{source.hub_dir}'" if source.hub_dir else ""
         raise CheckpointError(
-            f"'{name}' is not in the hub cache{where}, and --offline forbids fetching it"
+            f"'{name}' is not in the hub cache{where}, and is not fetched offline"
         )
     if snapshot is None:
+        if source.on_fetch:
+            source.on_fetch(name)
         snapshot = _snapshot(name, revision, files, cached_only=False)
     assert snapshot is not None, f"the hub gave no folder for {name}"
     return Located(name, snapshot, snapshot.name)
@@ -94,7 +99,7 @@ def shard_names(folder: Path) -> list[str]:
 def _locate_here(name: str, source: Source) -> Path | None:
     if not name:  # not the current folder
         return None
-    candidates = [Path(name).expanduser()]
+    candidates = [Path(os.path.expanduser(name))]  # noqa: PTH111  '~nobody' stays as it is
     if source.hub_dir is not None:
         candidates.append(source.hub_dir / name)
     return next((path for path in candidates if path.is_dir()), None)
@@ -102,7 +107,7 @@ def _locate_here(name: str, source: Source) -> Path | None:
 
 def _is_hub_id(name: str) -> bool:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # by __all__
 
     try:
         validate_repo_id(name)

@@ -202,8 +202,10 @@ def test_flag_beats_variable_beats_file_beats_default(ran):
     generation = record["generation"]
     assert generation["max_new_tokens"] == 5  # flag
     assert record["seed"] == 4  # variable
-    assert (generation["num_frames"], generation["temperature"]) == (4, 0.5)  # file
-    assert generation["decoder"] == "pyav"  # default
+    assert generation["temperature"] == 0.5  # file
+    assert generation["top_p"] == 0.9  # default
+    # a picture stands for the checkpoint's frames and has no decoder to choose
+    assert (generation["num_frames"], generation["decoder"]) == (8, None)
     assert record["model"]["id"] == MODEL_ID
 
 
@@ -305,7 +307,11 @@ def test_features_are_what_the_engine_gives(vla2, hub_dir, place, tmp_path):
     assert done.code == 0
     assert done.stdout == ""
     records = [json.loads(line) for line in (folder / "features.jsonl").read_text().splitlines()]
-    assert {record["file"] for record in records} == {"01.mp4.safetensors", "09.png.safetensors"}
+    files = {record["id"]: folder / record["file"] for record in records}
+    assert [re.sub("~[0-9a-f]{8}", "", file.name) for file in files.values()] == [
+        "01.mp4.safetensors",
+        "09.png.safetensors",
+    ]
     assert all(record["task"] == "features" for record in records)
 
     engine = Engine.load(MODEL_ID, hub_dir=hub_dir, device="cpu")
@@ -318,11 +324,11 @@ def test_features_are_what_the_engine_gives(vla2, hub_dir, place, tmp_path):
         for name, tensor in expected.items():
             torch.testing.assert_close(tensors[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
 
-    (folder / "09.png.safetensors").unlink()
+    files["09.png"].unlink()
     again = features("--tensors", "all", "--question", question, cwd=place)
     assert again.code == 0
     assert "1 of 2 done before; 1 to do" in again.stderr
-    assert (folder / "09.png.safetensors").exists()
+    assert files["09.png"].exists()
 
 
 def _expected_tensors(engine, path, question, settings):

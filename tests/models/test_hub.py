@@ -97,7 +97,7 @@ def test_revision_chooses_the_snapshot(hub_cache, hub_dir, revision):
     fill_cache(hub_cache, hub_dir, MODEL_ID)
     other = fill_cache(hub_cache, hub_dir, MODEL_ID, commit=OTHER, ref="v2")
     if revision == OTHER[:12]:  # only the hub knows short commits
-        assert "--offline" in refusal(MODEL_ID, Source(offline=True), revision=revision)
+        assert "fetched offline" in refusal(MODEL_ID, Source(offline=True), revision=revision)
         return
     found = locate(MODEL_ID, Source(offline=True), revision=revision)
     assert (found.folder, found.revision) == (other, OTHER)
@@ -111,7 +111,7 @@ def test_revision_of_a_folder_is_refused(hub_dir):
 def test_snapshot_without_config_is_as_good_as_none(hub_cache, hub_dir):
     snapshot = fill_cache(hub_cache, hub_dir, MODEL_ID)
     (snapshot / "config.json").unlink()
-    assert "--offline forbids fetching it" in refusal(MODEL_ID, Source(offline=True))
+    assert "is not fetched offline" in refusal(MODEL_ID, Source(offline=True))
 
 
 def test_snapshot_that_lacks_a_shard_is_as_good_as_none(hub_cache, hub_dir):
@@ -119,25 +119,25 @@ def test_snapshot_that_lacks_a_shard_is_as_good_as_none(hub_cache, hub_dir):
     weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     write_json(snapshot / "model.safetensors.index.json", {"weight_map": weight_map})
     (snapshot / "model.safetensors").rename(snapshot / "model-00001-of-00002.safetensors")
-    assert "--offline forbids fetching it" in refusal(MODEL_ID, Source(offline=True))
+    assert "is not fetched offline" in refusal(MODEL_ID, Source(offline=True))
 
 
 def test_snapshot_without_its_single_weight_file_is_as_good_as_none(hub_cache, hub_dir):
     snapshot = fill_cache(hub_cache, hub_dir, MODEL_ID)
     (snapshot / "model.safetensors").unlink()
-    assert "--offline forbids fetching it" in refusal(MODEL_ID, Source(offline=True))
+    assert "is not fetched offline" in refusal(MODEL_ID, Source(offline=True))
 
 
 def test_tower_whose_preprocessor_was_not_fetched_is_as_good_as_none(hub_cache, hub_dir):
     snapshot = fill_cache(hub_cache, hub_dir, TOWER_ID)
     assert locate(TOWER_ID, Source(offline=True), files=TOWER_FILES).folder == snapshot
     (snapshot / "preprocessor_config.json").unlink()
-    assert "--offline" in refusal(TOWER_ID, Source(offline=True), files=TOWER_FILES)
+    assert "fetched offline" in refusal(TOWER_ID, Source(offline=True), files=TOWER_FILES)
 
 
 def test_offline_message_names_where_it_looked(hub_dir):
     line = refusal("owner/absent", Source(hub_dir, offline=True))
-    assert f"not in the hub cache or under '{hub_dir}', and --offline forbids fetching it" in line
+    assert f"not in the hub cache or under '{hub_dir}', and is not fetched offline" in line
 
 
 def test_hub_that_cannot_be_reached_is_a_line(hub_cache):

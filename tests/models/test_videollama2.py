@@ -9,6 +9,7 @@ from tests.goldens import assert_stages_match, features_of, golden_engine, runs_
 from tests.tiny import load_tiny, tiny_engine, write_json, write_tiny
 from vla2_models.checkpoint import build_empty
 from vla2_models.config import read_config
+from vla2_models.stc import count_tokens
 from vla2_models.videollama2 import public_name
 from vla2cli.frontend.eager import EagerFrontend
 from vla2cli.media.records import Clip, FileState
@@ -171,7 +172,7 @@ def test_names_and_shapes_are_those_of_the_public_7b(tmp_path):
     assert shapes == wanted
     assert round(sum(p.numel() for p in model.parameters()) / 1e9, 3) == 8.034
     assert round(sum(p.numel() for p in model.mm_projector.parameters()) / 1e6, 1) == 489.2
-    assert config.num_visual_tokens == 845
+    assert count_tokens(config.num_frames, config.num_patches) == 845
 
 
 def test_a_name_of_no_part_is_refused():

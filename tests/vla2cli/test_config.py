@@ -3,6 +3,7 @@ import math
 import pytest
 
 from tests.tiny import write_json
+from vla2_models.errors import CheckpointError
 from vla2cli.config import (
     UNSUPPORTED_GENERATION,
     GenerationChoice,
@@ -115,12 +116,12 @@ def test_config_json_counts_where_the_file_is_missing(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("{", "cannot be read"), ("[]", "holds no JSON object")],
+    [("{", "cannot be read"), ("[]", "holds a list, expected an object")],
     ids=["cut", "list"],
 )
 def test_broken_file_is_refused(tmp_path, content, said):
     (tmp_path / "generation_config.json").write_text(content)
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(CheckpointError, match=said):
         resolve_generation(GenerationChoice(), tmp_path, EOS)
 
 

@@ -434,13 +434,13 @@ def test_bfloat16_engine_answers():
     )
     assert len(answer.generation.ids) == 4
     assert answer.generation.first_logits.dtype == torch.float32
-    assert engine.dtype_name == "bfloat16"
+    assert engine.backends["dtype"] == "bfloat16"
 
 
 def test_tokenizer_of_another_model_is_refused(tmp_path):
     folder = write_tiny(tmp_path, vocab_size=300)
     shutil.copy(golden(f"checkpoints/{CASE}") / "tokenizer.model", folder)
-    with pytest.raises(ModelError, match="has 700 pieces, the model's vocabulary 300"):
+    with pytest.raises(ModelError, match="has 700 tokens, the model's vocabulary 300"):
         _ = Engine(open_tiny(folder), device="cpu").tokenizer
 
 
@@ -458,3 +458,30 @@ def test_identity_names_the_weights(tmp_path, monkeypatch):
     assert (identity["id"], identity["revision"]) == (str(folder), None)
     assert len(identity["sha256"]) == 64
     assert (tmp_path / "cache/vla2/weights.json").exists()
+
+
+def test_preprocessor_of_another_size_is_refused(tmp_path):
+    folder = write_tiny(tmp_path)
+    change_json(
+        tower_of(folder) / "preprocessor_config.json", crop_size={"height": 70, "width": 70}
+    )
+    engine = Engine(open_tiny(folder), device="cpu")
+    with pytest.raises(ModelError, match="makes frames of 70 x 70, the tower takes 56 x 56"):
+        engine.check()
+
+
+def test_added_token_beyond_the_vocabulary_is_refused(tmp_path):
+    folder = write_tiny(tmp_path)
+    added = {"9999": {"content": "<far>", "special": True}}
+    change_json(folder / "tokenizer_config.json", added_tokens_decoder=added)
+    engine = Engine(open_tiny(folder), device="cpu")
+    with pytest.raises(ModelError, match="has 10000 tokens, the model's vocabulary 512"):
+        engine.check()
+
+
+def test_added_tokens_that_are_none_are_refused(tmp_path):
+    folder = write_tiny(tmp_path)
+    change_json(folder / "tokenizer_config.json", added_tokens_decoder={"x": {}})
+    engine = Engine(open_tiny(folder), device="cpu")
+    with pytest.raises(ModelError, match="added_tokens_decoder of tokenizer_config"):
+        engine.check()

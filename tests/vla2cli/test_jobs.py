@@ -1,5 +1,6 @@
 """A batch: what is left to do, bounded look-ahead, one record each, whatever the batch."""
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -9,23 +10,20 @@ import pytest
 from tests.tiny import tiny_engine, tiny_hub, write_tiny
 from vla2cli.config import GenerationChoice
 from vla2cli.engine import Engine
-from vla2cli.errors import InputError, ModelError
+from vla2cli.errors import InputError, ModelError, UsageError
 from vla2cli.inputs import Item, find_items
-from vla2cli.jobs import (
+from vla2cli.jobs import Job, Totals, decode_ahead, in_parts
+from vla2cli.ledger import Ledger, read_records
+from vla2cli.media.pool import DecodePool
+from vla2cli.plan import (
     DEFAULT_PROMPT,
-    Job,
-    Plan,
-    Sampling,
+    FrameSampling,
     Task,
-    Totals,
     Work,
-    decode_ahead,
-    in_parts,
+    count_records,
     key_fields,
     settle_kinds,
 )
-from vla2cli.ledger import Ledger, read_records
-from vla2cli.media.pool import DecodePool
 from vla2cli.record import row_seed
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -58,14 +56,14 @@ def clips(tmp_path):
 def make_job(pool, ledger=None, *, engine=None, task=CAPTION, choice=GREEDY, num_frames=8, batch=1):
     engine = engine or tiny_engine()
     settings = engine.settings(choice)
-    return Job(engine, task, Sampling(num_frames), settings, pool, ledger, batch=batch)
+    return Job(engine, task, FrameSampling(num_frames), settings, pool, ledger, batch=batch)
 
 
 def run(job, folder, **kwargs):
     """Run what is to do; return the plan's counts: to do, done, failed."""
     plan = job.plan(find_items([str(folder)]).items, **kwargs)
     list(job.run(plan.todo))
-    return tuple(plan.count(works) for works in (plan.todo, plan.done, plan.failed))
+    return tuple(count_records(works) for works in (plan.todo, plan.done, plan.failed))
 
 
 # what is left to do
@@ -85,7 +83,8 @@ def test_what_is_done_is_skipped_until_something_changes(pool, clips, tmp_path):
 
         longer = GenerationChoice(max_new_tokens=9)
         assert run(make_job(pool, ledger, choice=longer), clips) == (4, 0, 0)
-        assert run(make_job(pool, ledger, choice=longer, num_frames=4), clips) == (4, 0, 0)
+        # a picture stands for as many frames as the checkpoint says, whatever is asked for
+        assert run(make_job(pool, ledger, choice=longer, num_frames=4), clips) == (3, 1, 0)
         assert run(make_job(pool, ledger, choice=SAMPLED), clips) == (4, 0, 0)
         again = GenerationChoice(max_new_tokens=8, temperature=1.0, seed=6)
         assert run(make_job(pool, ledger, choice=again), clips) == (4, 0, 0)
@@ -131,13 +130,79 @@ def test_conversation_of_which_a_turn_is_missing_is_had_again(pool, clips, tmp_p
 
 
 def test_file_that_is_gone_and_was_an_error_is_not_hashed(pool, tmp_path):
-    item = Item("gone.mp4", str(tmp_path / "gone.mp4"), "video", "no such file")
+    item = Item("gone.mp4", str(tmp_path / "gone.mp4"), "video")
     with Ledger.open(tmp_path / "ledger.jsonl") as ledger:
         job = make_job(pool, ledger)
         (record,) = job.run(job.plan([item]).todo)
         assert record["error"] == {"kind": "missing", "stage": "open", "message": "no such file"}
         assert (record["size_bytes"], record["sha256"]) == (None, None)
         assert job.plan([item]).failed == (Work(item, job.task.conversations_about(item)),)
+
+
+def test_failed_file_is_recorded_as_it_was_when_it_was_read(pool, clips, tmp_path):
+    whole = (clips / "05.mp4").read_bytes()
+    growing = clips / "05.mp4"
+    growing.write_bytes(whole[: len(whole) // 2])
+    with Ledger.open(tmp_path / "ledger.jsonl") as ledger:
+        job = make_job(pool, ledger)
+        items = [item for item in find_items([str(clips)]).items if item.id == "05.mp4"]
+        plan = job.plan(items)
+        ((work, found),) = next(job.clips(plan.todo, should_stop=lambda: False))
+        growing.write_bytes(whole)  # the copy ends while the record waits for its turn
+        if isinstance(found, InputError):
+            for record in job.failures(work, found, found.state):
+                ledger.append(record)
+                assert record["size_bytes"] == len(whole) // 2
+                assert record["sha256"] == hashlib.sha256(whole[: len(whole) // 2]).hexdigest()
+        assert job.plan(items).todo
+
+
+def test_touched_broken_file_is_not_tried_again(pool, clips, tmp_path):
+    (clips / "bad.mp4").write_text("no video")
+    with Ledger.open(tmp_path / "ledger.jsonl") as ledger:
+        run(make_job(pool, ledger), clips)
+        os.utime(clips / "bad.mp4", ns=(1, 1))
+        assert run(make_job(pool, ledger), clips) == (0, 3, 1)
+
+
+def test_failed_turn_leaves_the_same_question_asked_alone_untouched(pool, clips, tmp_path):
+    class Deaf(Engine):
+        """Fails at a question that comes first in a conversation."""
+
+        def answer(self, asks, settings):
+            if any(ask.question == "A?" for ask in asks):
+                raise RuntimeError("out of order")
+            return super().answer(asks, settings)
+
+    engine = Deaf(tiny_engine().checkpoint, device="cpu")
+    alone, after = Task("ask", (("B?",),)), Task("ask", (("A?", "B?", "C?"),))
+    with Ledger.open(tmp_path / "ledger.jsonl") as ledger:
+        run(make_job(pool, ledger, engine=engine, task=alone), clips)
+        assert run(make_job(pool, ledger, engine=engine, task=after), clips) == (9, 0, 0)
+        assert run(make_job(pool, ledger, engine=engine, task=alone), clips) == (0, 3, 0)
+        assert run(make_job(pool, ledger, engine=engine, task=after), clips) == (0, 0, 9)
+
+
+def test_file_of_another_folder_does_not_take_the_place_of_its_namesake(pool, tmp_path):
+    for folder, example in (("a", "01.mp4"), ("b", "02.mp4")):
+        (tmp_path / folder).mkdir()
+        shutil.copy(EXAMPLES / example, tmp_path / folder / "c.mp4")
+    with Ledger.open(tmp_path / "ledger.jsonl") as ledger:
+        assert run(make_job(pool, ledger), tmp_path / "a") == (1, 0, 0)
+        with pytest.raises(UsageError, match=r"would replace the record of another file"):
+            run(make_job(pool, ledger), tmp_path / "b")
+        (tmp_path / "a").rename(tmp_path / "moved")
+        assert run(make_job(pool, ledger), tmp_path / "moved") == (0, 1, 0)
+
+
+def test_stop_is_heard_between_two_questions_of_one_clip(pool, clips):
+    many = Task("ask", tuple((f"What is {i}?",) for i in range(6)))
+    job = make_job(pool, task=many)
+    items = find_items([str(clips / "01.mp4")]).items
+    seen = []
+    for record in job.run(job.plan(items).todo, should_stop=lambda: len(seen) >= 2):
+        seen.append(record)
+    assert len(seen) == 2
 
 
 # the same texts, whatever the batch
@@ -182,7 +247,7 @@ def test_same_clip_under_two_names_is_drawn_apart(pool, tmp_path):
 
 def test_row_seed_depends_on_key_and_seed_alone():
     item = Item("a.mp4", "x/a.mp4", "video")
-    key = key_fields(QUESTIONS, Sampling(8), item, ("What?", "Why?"), 1)
+    key = key_fields(QUESTIONS, FrameSampling(8), item, ("What?", "Why?"), 1)
     seed = row_seed(0, key)
     assert seed == row_seed(0, {**dict(reversed(key.items())), "text": "x", "path": "y"})
     assert 0 <= seed < 2**63
@@ -273,7 +338,7 @@ def test_decode_ahead_holds_few_clips_and_yields_all(pool, batch):
     for outcomes in decode_ahead(
         works(),
         pool,
-        lambda item: Sampling(2).request(item, geometry),
+        lambda item: FrameSampling(2).request(item, geometry),
         batch=batch,
         should_stop=lambda: False,
     ):
@@ -295,8 +360,8 @@ def test_default_prompt_names_the_modality():
 
 def test_segment_is_null_for_pictures_and_whole_files():
     video, image = Item("a", "a", "video"), Item("b", "b", "image")
-    assert Sampling(8).segment_of(video) is None
-    part = Sampling(8, start_s=1.0)
+    assert FrameSampling(8).segment_of(video) is None
+    part = FrameSampling(8, start_s=1.0)
     assert part.segment_of(video) == {"start_s": 1.0, "end_s": None}
     assert part.segment_of(image) is None
 
@@ -321,4 +386,4 @@ def test_totals_count_texts_errors_and_flags():
         totals.add(record)
     assert (totals.done, totals.errors, dict(totals.flagged)) == (2, 1, {"empty": 1})
     works = [Work(Item("a", "a", "video"), (("x",), ("y", "z")))]
-    assert Plan.count(works) == 3
+    assert count_records(works) == 3

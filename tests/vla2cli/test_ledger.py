@@ -146,7 +146,7 @@ def test_settings_digest_depends_on_generation_and_seed_alone() -> None:
     ("change", "want"),
     [
         ({}, "same"),
-        ({"size_bytes": 8}, "hash"),
+        ({"size_bytes": 8}, "changed"),
         ({"mtime_ns": 8}, "hash"),
         ({"model_sha256": "n"}, "changed"),
         ({"settings": "t"}, "changed"),
@@ -155,9 +155,9 @@ def test_settings_digest_depends_on_generation_and_seed_alone() -> None:
 )
 def test_record_holds_while_file_model_and_settings_stay(change: dict[str, Any], want: str) -> None:
     now = {"size_bytes": 7, "mtime_ns": 1, "model_sha256": "m", "settings": "s", **change}
-    entry = Entry(False, 7, 1, "f", "m", "s")
+    entry = Entry(False, "a", 7, 1, "f", "m", "s")
     assert is_current(entry, **now) == want
-    unhashed = Entry(False, 7, 1, None, "m", "s")
+    unhashed = Entry(False, "a", 7, 1, None, "m", "s")
     assert is_current(unhashed, **now) == ("same" if want == "same" else "changed")
 
 

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import warnings
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def test_old_and_new_forms_of_a_config_mean_the_same():
 @pytest.mark.parametrize("tower_name", GEOMETRY)
 def test_geometry_survives_json(tower_name):
     geometry = GEOMETRY[tower_name]
-    assert FrameGeometry.from_dict(json.loads(json.dumps(geometry.to_dict()))) == geometry
+    assert FrameGeometry.from_dict(json.loads(json.dumps(asdict(geometry)))) == geometry
 
 
 @pytest.mark.parametrize(

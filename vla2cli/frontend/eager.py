@@ -9,11 +9,11 @@ from torch import Tensor
 
 from vla2_models.videollama2 import VideoLLaMA2
 
-NAME = "torch"  # in a record's `frontend`
-
 
 class EagerFrontend:
     """Tower and connector of a loaded checkpoint, run as they stand."""
+
+    name = "torch"  # in a record's `frontend`
 
     def __init__(self, model: VideoLLaMA2) -> None:
         self.model = model

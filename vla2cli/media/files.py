@@ -44,6 +44,19 @@ def check_file(path: str, *, allow_folder: bool = False) -> int:
     return mode.st_size
 
 
+def stat_file(path: str) -> FileState:
+    """Return a file's size and time, without its hash; whatever the file is.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        state = Path(path).stat()
+    except (OSError, ValueError) as error:
+        raise _open_error(error) from error
+    return FileState(state.st_size, state.st_mtime_ns, "")
+
+
 def list_folder(path: str) -> list[str]:
     """List a folder of frames in plain string order ("10.png" before "2.png"), as upstream does.
 

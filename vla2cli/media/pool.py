@@ -12,13 +12,14 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
+from vla2cli.config import is_debug
 from vla2cli.errors import InputError
 from vla2cli.media import wire
 from vla2cli.media.records import Clip, ClipRequest, FileState, Probe
@@ -60,7 +61,7 @@ class _Worker:
                 pass_fds=(child_sock.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=None if os.environ.get("VLA2_DEBUG") else subprocess.DEVNULL,
+                stderr=None if is_debug() else subprocess.DEVNULL,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             )
 
@@ -142,7 +143,8 @@ class DecodePool:
             # two requests, so that hashing a large file does not eat the decoder's time
             state = self._hash(owner, request.path)
             header = {"op": "clip", "state": asdict(state), **wire.pack_request(request)}
-            return wire.unpack_clip(*owner.ask(header, self.timeout_s, "decoding"))
+            with _remember(state):
+                return wire.unpack_clip(*owner.ask(header, self.timeout_s, "decoding"))
 
         return self._submit(run)
 
@@ -193,11 +195,12 @@ class DecodePool:
         self.close()
 
     def _hash(self, owner: "_Owner", path: str) -> FileState:
-        size_bytes = owner.ask({"op": "stat", "path": path}, self.timeout_s, "opening")[0][
-            "size_bytes"
-        ]
-        limit_s = self.timeout_s + size_bytes / _HASH_BYTES_PER_S
-        return FileState(**owner.ask({"op": "hash", "path": path}, limit_s, "reading the file")[0])
+        found, _ = owner.ask({"op": "stat", "path": path}, self.timeout_s, "opening")
+        state = FileState(**found)
+        limit_s = self.timeout_s + state.size_bytes / _HASH_BYTES_PER_S
+        with _remember(state):
+            hashed, _ = owner.ask({"op": "hash", "path": path}, limit_s, "reading the file")
+        return FileState(**hashed)
 
     def _submit(self, run: "Callable[[_Owner], T]") -> Future[T]:
         future: Future[T] = Future()
@@ -231,6 +234,16 @@ class DecodePool:
         worker.stop()
         with self._lock:
             self._workers.discard(worker)
+
+
+@contextmanager
+def _remember(state: FileState) -> Iterator[None]:
+    # the file may be another one by the time that somebody asks which one failed
+    try:
+        yield
+    except InputError as error:
+        error.state = state
+        raise
 
 
 class _Owner:

@@ -42,7 +42,7 @@ class FileState:
 
     size_bytes: int
     mtime_ns: int
-    sha256: str  # hex
+    sha256: str  # hex; empty where the content was not read
 
 
 @dataclass(frozen=True)

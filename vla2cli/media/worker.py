@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from vla2cli.errors import InputError
 from vla2cli.media import wire
-from vla2cli.media.files import check_file, hash_file
+from vla2cli.media.files import check_file, hash_file, stat_file
 from vla2cli.media.frames import find_kind, probe, read_frames
 from vla2cli.media.records import Clip, FileState, Frames
 from vla2cli.preprocess import FrameGeometry, fit_frame
@@ -65,10 +65,11 @@ def _error(message: str, kind: str, stage: str) -> dict[str, Any]:
 
 
 def _stat(request: dict[str, Any]) -> _Answer:
-    return {"size_bytes": check_file(request["path"], allow_folder=True)}, b""
+    return asdict(stat_file(request["path"])), b""
 
 
 def _hash(request: dict[str, Any]) -> _Answer:
+    check_file(request["path"], allow_folder=True)
     return asdict(hash_file(request["path"])), b""
 
 

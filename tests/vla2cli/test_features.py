@@ -1,0 +1,88 @@
+"""Tensors as files: one place for each key, whole or not there."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.tiny import tiny_engine
+from vla2cli.api import features
+from vla2cli.errors import UsageError
+from vla2cli.features import DEFAULT_TENSORS, LEDGER_NAME, TENSORS, parse_tensors
+from vla2cli.ledger import read_records
+from vla2cli.plan import FrameSampling
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def clip(tmp_path):
+    return shutil.copy(EXAMPLES / "01.mp4", tmp_path / "01.mp4")
+
+
+def files_in(folder):
+    return sorted(path.name for path in folder.rglob("*") if path.name != LEDGER_NAME)
+
+
+def test_two_ranges_of_a_clip_are_two_files_that_both_stay(clip, tmp_path):
+    folder, engine = tmp_path / "out", tiny_engine()
+    ranges = [FrameSampling(8, 0.0, 1.0), FrameSampling(8, 2.0, 3.5), FrameSampling(8, None, 1.0)]
+    for sampling in ranges:
+        (record,) = features(clip, engine, folder, sampling=sampling)
+        tensors = load_file(folder / record["file"])
+        assert tensors["frame_indices"].tolist() == record["frames"]["indices"]
+    assert files_in(folder) == [
+        "01.mp4@-1.safetensors",
+        "01.mp4@0-1.safetensors",
+        "01.mp4@2-3.5.safetensors",
+    ]
+    assert list(features(clip, engine, folder, sampling=ranges[0])) == []
+
+
+def test_each_question_has_a_file_of_its_own(clip, tmp_path):
+    folder, engine = tmp_path / "out", tiny_engine()
+    for question in ("What?", "Why?"):
+        (record,) = features(clip, engine, folder, tensors="input_ids", question=question)
+        assert load_file(folder / record["file"])["input_ids"].min() == -201
+    assert len(files_in(folder)) == 2
+
+
+def test_file_that_was_deleted_is_made_again(clip, tmp_path):
+    folder, engine = tmp_path / "out", tiny_engine()
+    (record,) = features(clip, engine, folder)
+    assert list(features(clip, engine, folder)) == []
+    (folder / record["file"]).unlink()
+    (again,) = features(clip, engine, folder)
+    assert (folder / again["file"]).exists()
+
+
+def test_name_as_long_as_a_file_system_takes_gets_a_file(clip, tmp_path):
+    long = tmp_path / ("é" * 125 + ".mp4")  # 254 bytes
+    shutil.copy(clip, long)
+    (record,) = features(long, tiny_engine(), tmp_path / "out", tensors="frame_indices")
+    assert load_file(tmp_path / "out" / record["file"])["frame_indices"].shape == (8,)
+
+
+def test_bad_file_costs_one_error_record(clip, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    shutil.move(clip, folder)
+    (folder / "bad.mp4").write_text("no video")
+    records = {r["id"]: r for r in features(folder, tiny_engine(), tmp_path / "out")}
+    assert records["bad.mp4"]["error"]["kind"] == "decode"
+    assert list(records["01.mp4"]["tensors"]) == list(DEFAULT_TENSORS)
+    assert files_in(tmp_path / "out") == ["01.mp4.safetensors"]
+    assert sum(r is not None for _, r, _ in read_records(tmp_path / "out" / LEDGER_NAME)) == 2
+
+
+def test_tensors_come_in_the_order_of_the_stages():
+    assert parse_tensors("generated_ids, pixel_values") == ("pixel_values", "generated_ids")
+    assert parse_tensors("all") == tuple(TENSORS)
+    with pytest.raises(UsageError, match="'--tensors logits': expected all, or any of frame_ind"):
+        parse_tensors("pixel_values,logits")

@@ -1,0 +1,277 @@
+"""What is asked of which files, and what of it is still to do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from vla2cli.errors import InputError, UsageError
+from vla2cli.inputs import Item, encode_name
+from vla2cli.ledger import Entry, Key, is_current, key_of
+from vla2cli.media.pool import DecodePool
+from vla2cli.media.records import ClipRequest, FileState
+from vla2cli.media.sampling import MAX_FRAMES
+from vla2cli.preprocess import FrameGeometry
+
+DEFAULT_PROMPT = "Please describe the {modality} in detail."
+
+Conversation = tuple[str, ...]  # questions that follow each other, with the answers in between
+Lookup = Callable[[Key], Entry | None]
+Result = TypeVar("Result")
+
+
+def modality_of(item: Item) -> str:
+    """Return the modality an item is asked about in."""
+    return "image" if item.kind == "image" else "video"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of every file."""
+
+    name: str  # caption, ask or features
+    conversations: tuple[Conversation, ...] = ()  # none: the default prompt of the modality
+    options: Mapping[str, Any] = field(default_factory=dict)  # put into a record's `generation`
+
+    def conversations_about(self, item: Item) -> tuple[Conversation, ...]:
+        """Return what to ask about one file, every conversation once."""
+        default = (DEFAULT_PROMPT.format(modality=modality_of(item)),)
+        return tuple(dict.fromkeys(self.conversations)) or (default,)
+
+
+@dataclass(frozen=True)
+class FrameSampling:
+    """Which pictures of a file are looked at."""
+
+    num_frames: int
+    start_s: float | None = None
+    end_s: float | None = None
+    decoder: str = "pyav"
+
+    def __post_init__(self) -> None:
+        """Refuse what upstream would cut or swap without a word.
+
+        Raises:
+            UsageError: naming the flag and the value.
+        """
+        if self.num_frames < 1:
+            raise UsageError(f"'--frames {self.num_frames}': at least 1 frame is needed")
+        if self.num_frames > MAX_FRAMES:
+            raise UsageError(f"'--frames {self.num_frames}': the model takes at most {MAX_FRAMES}")
+        if self.end_s is not None and self.end_s <= (self.start_s or 0.0):
+            raise UsageError(f"'--end {self.end_s:g}': the range ends before it begins")
+
+    def segment_of(self, item: Item) -> dict[str, float | None] | None:
+        """Return the record's `segment`: null for a whole file, and for a picture."""
+        if modality_of(item) == "image" or (self.start_s is None and self.end_s is None):
+            return None
+        return {"start_s": self.start_s, "end_s": self.end_s}
+
+    def request(self, item: Item, geometry: FrameGeometry) -> ClipRequest:
+        """Ask the decoder for one file."""
+        return ClipRequest(
+            path=item.path,
+            kind=item.kind,
+            geometry=geometry,
+            num_frames=self.num_frames,
+            start_s=self.start_s,
+            end_s=self.end_s,
+            decoder=self.decoder,
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """One file and some conversations about it."""
+
+    item: Item
+    conversations: tuple[Conversation, ...]
+
+    @property
+    def num_records(self) -> int:
+        """Records that this work will make."""
+        return sum(map(len, self.conversations))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do."""
+
+    todo: tuple[Work, ...]
+    done: tuple[Work, ...]  # there before
+    failed: tuple[Work, ...]  # error records that are not tried again
+
+
+def count_records(works: Iterable[Work]) -> int:
+    """Count the records of some works."""
+    return sum(work.num_records for work in works)
+
+
+def key_fields(
+    task: Task, sampling: FrameSampling, item: Item, conversation: Conversation, turn: int
+) -> dict[str, Any]:
+    """Return the fields that make up the key of one turn's record."""
+    return {
+        "id": item.id,
+        "task": task.name,
+        "question": conversation[turn],
+        "history": [{"question": question} for question in conversation[:turn]],
+        "segment": sampling.segment_of(item),
+    }
+
+
+def outcome(future: Future[Result]) -> Result | InputError:
+    """Return what a future gives, or the error of its file."""
+    try:
+        return future.result()
+    except InputError as error:
+        return error
+
+
+def settle_kinds(items: Sequence[Item], pool: DecodePool) -> list[Item]:
+    """Look into the files whose names do not say whether they are pictures or videos."""
+    probes = {
+        i: pool.submit_probe(item.path, item.kind)
+        for i, item in enumerate(items)
+        if item.kind == "unknown"
+    }
+    settled = list(items)
+    for i, probe in probes.items():
+        found = outcome(probe)
+        is_image = not isinstance(found, InputError) and found.kind == "image"
+        settled[i] = replace(items[i], kind="image" if is_image else "video")
+    return settled
+
+
+def make_plan(
+    items: Sequence[Item],
+    task: Task,
+    sampling: FrameSampling,
+    pool: DecodePool,
+    *,
+    lookup: Lookup | None,
+    wanted: Callable[[Item], Mapping[str, Any]],
+    retry_errors: bool = False,
+) -> Plan:
+    """Split the items into what is to do, what is done and what failed before.
+
+    A record holds while file, model and settings are the same. Only where nothing but the time of
+    a file differs is it hashed again.
+
+    Args:
+        items: what to work on, their kinds settled.
+        task: what is asked.
+        sampling: which pictures are looked at.
+        pool: hashes.
+        lookup: finds what was done before.
+        wanted: `model_sha256` and `settings` that an item's record must come from.
+        retry_errors: whether what failed before is to do.
+
+    Raises:
+        UsageError: a record would be replaced by that of another file with the same id.
+    """
+    check = _ResumeCheck(task, sampling, pool, lookup, wanted, retry_errors)
+    asked = [
+        (item, conversation) for item in items for conversation in task.conversations_about(item)
+    ]
+    decisions = [check.start(item, conversation) for item, conversation in asked]
+    split: dict[str, list[Work]] = {"todo": [], "done": [], "failed": []}
+    for (item, conversation), decide in zip(asked, decisions, strict=True):
+        works = split[decide()]
+        if works and works[-1].item is item:
+            works[-1] = Work(item, (*works[-1].conversations, conversation))
+        else:
+            works.append(Work(item, (conversation,)))
+    return Plan(*map(tuple, (split["todo"], split["done"], split["failed"])))
+
+
+@dataclass(frozen=True)
+class _ResumeCheck:
+    """Decides whether the records of a conversation still hold; hashes run side by side."""
+
+    task: Task
+    sampling: FrameSampling
+    pool: DecodePool
+    lookup: Lookup | None
+    wanted: Callable[[Item], Mapping[str, Any]]
+    retry_errors: bool
+    hashes: dict[str, Future[FileState]] = field(default_factory=dict)
+
+    def start(self, item: Item, conversation: Conversation) -> Callable[[], str]:
+        """Begin to decide; the call that comes back says `todo`, `done` or `failed`."""
+        keys = [
+            key_of(key_fields(self.task, self.sampling, item, conversation, turn))
+            for turn in range(len(conversation))
+        ]
+        found = [self.lookup(key) if self.lookup else None for key in keys]
+        known = [entry for entry in found if entry is not None]
+        is_whole = len(known) == len(found)
+        if is_whole and not (self.retry_errors and any(entry.is_error for entry in known)):
+            decide = self._compare(item, known)
+        else:
+            decide = _todo
+
+        def decide_once() -> str:
+            verdict = decide()
+            if verdict == "todo":
+                _refuse_other_file(item, known)
+            return verdict
+
+        return decide_once
+
+    def _compare(self, item: Item, known: Sequence[Entry]) -> Callable[[], str]:
+        verdict = "failed" if any(entry.is_error for entry in known) else "done"
+        size_bytes, mtime_ns = _stat(item.path)
+        holds = {
+            is_current(entry, size_bytes=size_bytes, mtime_ns=mtime_ns, **self.wanted(item))
+            for entry in known
+        }
+        if "changed" in holds:
+            return _todo
+        if "hash" not in holds:
+            return lambda: verdict
+        if item.path not in self.hashes:
+            self.hashes[item.path] = self.pool.submit_hash(item.path)
+        before = {entry.sha256 for entry in known}
+        return lambda: verdict if before == {self._sha256(item)} else "todo"
+
+    def _sha256(self, item: Item) -> str | None:
+        state = outcome(self.hashes[item.path])
+        return None if isinstance(state, InputError) else state.sha256
+
+
+def _todo() -> str:
+    return "todo"
+
+
+def _refuse_other_file(item: Item, known: Sequence[Entry]) -> None:
+    """Refuse to replace the record of a file that is still there beside this one.
+
+    A folder that moved, or that is named in another way, leaves nothing at the old path or the
+    same file.
+    """
+    for path in {entry.path for entry in known if entry.path} - {encode_name(item.path)}:
+        if os.path.exists(path) and not _is_same_file(path, item.path):  # noqa: PTH110
+            raise UsageError(
+                f"'{encode_name(item.path)}' would replace the record of another file with the "
+                f"same id '{item.id}': '{path}'; name both folders in one command, or choose "
+                "another -o"
+            )
+
+
+def _is_same_file(first: str, second: str) -> bool:
+    try:
+        return os.path.samefile(first, second)  # noqa: PTH121  names may hold any bytes
+    except OSError:
+        return False
+
+
+def _stat(path: str) -> tuple[int | None, int | None]:
+    try:
+        state = os.stat(path)  # noqa: PTH116  the path may hold any bytes
+    except OSError:
+        return None, None
+    return state.st_size, state.st_mtime_ns

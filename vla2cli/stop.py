@@ -1,0 +1,49 @@
+"""Ending a run on Ctrl-C or SIGTERM without losing what is in hand."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+from vla2cli.console import Console
+
+
+class Stop:
+    """SIGINT and SIGTERM during a run: the first ends it after the batch in hand."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.signum: int | None = None
+        self.is_running = False  # until then there is nothing in hand
+
+    def __enter__(self) -> Stop:
+        """Take over the signals."""
+        self.before = {s: signal.signal(s, self._take) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the signals back."""
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def __call__(self) -> bool:
+        """Tell whether to stop."""
+        return self.signum is not None
+
+    def _take(self, signum: int, _frame: FrameType | None) -> None:
+        if self.is_running and self.signum is None:
+            self.signum = signum
+            if not self.console.quiet:
+                _say("stopping after the record in hand … (once more to end at once)")
+            return
+        if not self.is_running:
+            _say(f"vla2: ended by {signal.Signals(signum).name}; nothing was run")
+        # the ledger is whole at any moment and the decoding processes die with this one; an
+        # exception would be lost where a library that is just being imported catches them all
+        os._exit(128 + signum)
+
+
+def _say(message: str) -> None:
+    # the interrupted code may be in the middle of printing
+    os.write(2, f"{message}\n".encode())
