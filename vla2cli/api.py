@@ -120,6 +120,8 @@ def features(
     """
     names = parse_tensors(tensors)
     folder = Path(folder)
+    if "generated_ids" not in names:  # nothing is generated, so nothing depends on how
+        generation = None
     task = Task("features", ((question,),) if question else (), {"tensors": list(names)})
     with ExitStack() as stack:
         output = make_folder(folder)

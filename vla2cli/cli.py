@@ -258,6 +258,8 @@ def features(
     if options.ledger_path is None:
         raise UsageError("features are files; they need a folder: -o FOLDER")
     folder = Path(options.ledger_path)
+    if "generated_ids" not in names:  # nothing is generated, so nothing depends on how
+        options = options.without_generation()
     conversations = ((_spoken(question, "--question"),),) if question is not None else ()
     if not options.dry_run:
         make_folder(folder)

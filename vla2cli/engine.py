@@ -172,7 +172,16 @@ class Engine:
         }
 
     def settings(self, choice: GenerationChoice) -> GenerationSettings:
-        """Join the user's choice with what the checkpoint's files ask for."""
+        """Join the user's choice with what the checkpoint's files ask for.
+
+        Raises:
+            UsageError: so many new tokens do not fit into the model's context.
+        """
+        context = self.checkpoint.config.language.max_position_embeddings
+        if choice.max_new_tokens > context:
+            raise UsageError(
+                f"'--max-new-tokens {choice.max_new_tokens}': the model's context is {context}"
+            )
         return resolve_generation(choice, self.checkpoint.folder, self.tokenizer.eos_token_id)
 
     def pixel_values(self, clip: Clip) -> Tensor:

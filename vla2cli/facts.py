@@ -41,7 +41,8 @@ def find_checkpoints(source: Source) -> Iterator[dict[str, Any]]:
     for name, folder in sorted({**_in_cache(), **_in_hub_dir(source.hub_dir)}.items()):
         try:
             raw = read_json(folder / "config.json")
-        except CheckpointError:
+        except CheckpointError as error:
+            yield {"id": name, "folder": str(folder), "usable": False, "why": str(error)}
             continue
         if "videollama2" not in str(raw.get("model_type")):
             continue

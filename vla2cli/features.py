@@ -81,11 +81,21 @@ def _digest(text: str) -> str:
 
 
 def is_missing(work: Work, job: Job, folder: Path) -> bool:
-    """Tell whether a file of a work is gone, though its record is there."""
+    """Tell whether a file of a work is gone or not whole, though its record is there."""
     return not all(
-        feature_path(folder, job, work.item, question).exists()
+        _is_whole(feature_path(folder, job, work.item, question))
         for (question,) in work.conversations
     )
+
+
+def _is_whole(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):  # the header says how long the file has to be
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def run_features(
@@ -210,18 +220,17 @@ def _prompt_tensors(engine: Engine, ask: Ask, tokens: Tensor) -> dict[str, Tenso
 
 def _save(tensors: dict[str, Any], path: Path) -> None:
     """Write aside, sync and rename, so that a file is whole or not there."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     aside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside)
-        with aside.open("rb") as file:
+        with aside.open("wb") as file:
+            file.write(save(tensors))
+            file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or error
-        raise LedgerError(f"cannot write '{path}': {reason}") from error
+        raise LedgerError(f"cannot write '{path}': {why(error)}") from error

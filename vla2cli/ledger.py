@@ -357,13 +357,19 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 def _parse(raw: bytes) -> Record | None:
     try:
-        record = json.loads(raw.decode())
-        if not isinstance(record, dict):
+        record = json.loads(raw.decode("utf-8-sig"))  # an editor may have put its mark in front
+        if not isinstance(record, dict) or not _has_right_types(record):
             return None
         key_of(record)
     except (ValueError, RecursionError):
         return None
     return record
+
+
+def _has_right_types(record: Mapping[str, Any]) -> bool:
+    texts = all(isinstance(record.get(name), str | None) for name in ("path", "sha256"))
+    numbers = all(isinstance(record.get(name), int | None) for name in ("size_bytes", "mtime_ns"))
+    return texts and numbers
 
 
 def is_torn(raw: bytes) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +30,11 @@ def _use_config(ctx: typer.Context, path: Path | None) -> Path | None:
         # a file is read too late for --debug
         params = {p.name: p for p in ctx.command.params if p.name}
         settings = read_config_file(path, params.keys() - {"config", "help", "debug"})
+        for name, value in settings.items():
+            is_flag = getattr(params[name], "is_flag", False)
+            if isinstance(value, dict) or (isinstance(value, bool) and not is_flag):
+                flag = name.replace("_", "-")
+                raise UsageError(f"'{path}' sets '{flag}' to {value!r}, which it cannot be")
         ctx.default_map = {
             name: [value] if _takes_several(params[name]) and isinstance(value, str) else value
             for name, value in settings.items()
@@ -88,7 +93,12 @@ Revision = Annotated[
 ]
 HubDir = Annotated[
     Path | None,
-    _option("--hub-dir", help="Folder of models as owner/name; looked into before the hub."),
+    _option(
+        "--hub-dir",
+        help="Folder of models as owner/name; looked into before the hub.",
+        exists=True,
+        file_okay=False,
+    ),
 ]
 Offline = Annotated[bool, _option("--offline", help="Never use the network.")]
 Device = Annotated[str, _option("--device", help="auto, cpu, cuda or cuda:N.")]
@@ -214,6 +224,8 @@ class RunOptions:
                 raise UsageError(f"'--{flag} {limit}': expected a number above 0")
         if self.decoder == "decord" and importlib.util.find_spec("decord") is None:
             raise UsageError("'--decoder decord': decord is not installed here; use pyav")
+        if self.output == "":
+            raise UsageError("'-o' is empty; give a file, or - for stdout")
         if self.output in (None, "-") and (self.force or self.retry_errors):
             raise UsageError("--force and --retry-errors are about a ledger; they need -o FILE")
         _ = self.generation, self.sampling(1)
@@ -223,6 +235,18 @@ class RunOptions:
         """How the model goes on."""
         return GenerationChoice(
             self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.seed
+        )
+
+    def without_generation(self) -> RunOptions:
+        """Return the same with the defaults of generation."""
+        default = GenerationChoice()
+        return replace(
+            self,
+            max_new_tokens=default.max_new_tokens,
+            temperature=default.temperature,
+            top_p=default.top_p,
+            top_k=default.top_k,
+            seed=default.seed,
         )
 
     def sampling(self, num_frames: int) -> FrameSampling:

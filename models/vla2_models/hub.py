@@ -138,7 +138,7 @@ def _snapshot(
             return None
         raise CheckpointError(
             f"'{name}' is not on this disk and the hub cannot be reached; "
-            "give a folder with --model, or one that holds it with --hub-dir"
+            "give its folder, or with --hub-dir a folder that holds it as owner/name"
         ) from error
     except GatedRepoError as error:
         raise CheckpointError(

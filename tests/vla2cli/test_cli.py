@@ -44,6 +44,8 @@ def said(capsys, tmp_path, monkeypatch):
         (["caption", "a.mp4", "--start", "1:xx"], "'1:xx' is no time"),
         (["caption", "a.mp4", "--force"], "need -o FILE"),
         (["features", "a.mp4"], "they need a folder: -o FOLDER"),
+        (["caption", "a.mp4", "-o", ""], "'-o' is empty"),
+        (["caption", "a.mp4", "--hub-dir", "nope"], "'nope' does not exist"),
         (["caption", "b.mp4"], "'b.mp4' does not exist; did you mean 'a.mp4'?"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -67,6 +69,14 @@ def test_yaml_takes_one_question_without_a_list(said, tmp_path):
     code, _, err = said("ask", "a.mp4", "--config", "run.yaml")
     assert code == 1
     assert "'nowhere/at-all' is not in the hub cache" in err
+
+
+@pytest.mark.parametrize("line", ["frames: true", "model: {a: b}", "batch: {}"])
+def test_yaml_value_of_a_wrong_kind_is_refused(said, tmp_path, line):
+    (tmp_path / "run.yaml").write_text(line + "\n")
+    code, _, err = said("caption", "a.mp4", "--config", "run.yaml")
+    assert code == 2
+    assert f"sets '{line.split(':')[0]}' to " in err
 
 
 def test_traceback_is_shown_only_where_it_is_asked_for(said, monkeypatch):

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from tests.tiny import tiny_engine
 from vla2cli.api import features
+from vla2cli.config import GenerationChoice
 from vla2cli.errors import UsageError
 from vla2cli.features import DEFAULT_TENSORS, LEDGER_NAME, TENSORS, parse_tensors
 from vla2cli.ledger import read_records
@@ -53,13 +54,27 @@ def test_each_question_has_a_file_of_its_own(clip, tmp_path):
     assert len(files_in(folder)) == 2
 
 
-def test_file_that_was_deleted_is_made_again(clip, tmp_path):
+def test_file_that_is_gone_or_cut_is_made_again(clip, tmp_path):
     folder, engine = tmp_path / "out", tiny_engine()
     (record,) = features(clip, engine, folder)
     assert list(features(clip, engine, folder)) == []
-    (folder / record["file"]).unlink()
-    (again,) = features(clip, engine, folder)
-    assert (folder / again["file"]).exists()
+    path = folder / record["file"]
+    for spoil in (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:100])):
+        spoil(path)
+        list(features(clip, engine, folder))
+        assert set(load_file(path)) == set(DEFAULT_TENSORS)
+
+
+def test_settings_of_generation_do_not_matter_where_nothing_is_generated(clip, tmp_path):
+    folder, engine = tmp_path / "out", tiny_engine()
+    longer = GenerationChoice(max_new_tokens=9)
+    assert len(list(features(clip, engine, folder))) == 1
+    assert list(features(clip, engine, folder, generation=longer)) == []
+    ids = {"tensors": "generated_ids", "generation": longer}
+    (record,) = features(clip, engine, folder, **ids)
+    assert load_file(folder / record["file"])["generated_ids"].shape == (9,)
+    ids["generation"] = GenerationChoice(max_new_tokens=4)
+    assert len(list(features(clip, engine, folder, **ids))) == 1
 
 
 def test_name_as_long_as_a_file_system_takes_gets_a_file(clip, tmp_path):

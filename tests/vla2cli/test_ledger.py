@@ -581,3 +581,15 @@ def test_ledger_and_inputs_import_no_heavy_library() -> None:
     loaded = set(run(code).stdout.split())
     assert "vla2cli.ledger" in loaded
     assert not loaded & {"torch", "numpy", "transformers", "typer", "rich"}
+
+
+def test_record_of_wrong_types_is_none_and_a_byte_order_mark_no_harm(
+    path: Path,
+) -> None:
+    write(path, record("a"), record("b"))
+    first, second = path.read_bytes().splitlines(keepends=True)
+    odd = json.dumps({**record("c"), "path": 1, "sha256": {}}).encode() + b"\n"
+    path.write_bytes(b"\xef\xbb\xbf" + first + odd + second)
+    with Ledger.open(path) as ledger:
+        assert len(ledger) == 2
+        assert ledger.bad_lines == [2]
