@@ -123,7 +123,8 @@ class Engine:
         Raises:
             CheckpointError, ModelError: one line about the first thing that is wrong.
         """
-        _ = self.tokenizer, self.geometry, self.settings(GenerationChoice())
+        # one token fits into any context: how many are wanted is not the checkpoint's fault
+        _ = self.tokenizer, self.geometry, self.settings(GenerationChoice(max_new_tokens=1))
         return check_weights(self.checkpoint)
 
     def load_weights(self) -> None:

@@ -67,7 +67,8 @@ def feature_path(folder: Path, job: Job, item: Item, question: str) -> Path:
     *parents, name = (part if part != ".." else "%2E%2E" for part in item.id.split("/"))
     segment = job.sampling.segment_of(item)
     if segment:
-        start, end = (f"{t:g}" if t is not None else "" for t in segment.values())
+        # all digits: two ranges that differ in milliseconds are two files
+        start, end = ("" if t is None else str(t).removesuffix(".0") for t in segment.values())
         name += f"@{start}-{end}"
     if job.task.conversations:
         name += f"~{_digest(question)[:8]}"

@@ -485,3 +485,10 @@ def test_added_tokens_that_are_none_are_refused(tmp_path):
     engine = Engine(open_tiny(folder), device="cpu")
     with pytest.raises(ModelError, match="added_tokens_decoder of tokenizer_config"):
         engine.check()
+
+
+def test_small_context_is_no_fault_of_the_checkpoint_but_too_long_a_text_is_refused(tmp_path):
+    engine = Engine(open_tiny(write_tiny(tmp_path, max_position_embeddings=256)), device="cpu")
+    engine.check()
+    with pytest.raises(UsageError, match="'--max-new-tokens 257': the model's context is 256"):
+        engine.settings(GenerationChoice(max_new_tokens=257))

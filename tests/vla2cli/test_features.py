@@ -33,7 +33,8 @@ def files_in(folder):
 
 def test_two_ranges_of_a_clip_are_two_files_that_both_stay(clip, tmp_path):
     folder, engine = tmp_path / "out", tiny_engine()
-    ranges = [FrameSampling(8, 0.0, 1.0), FrameSampling(8, 2.0, 3.5), FrameSampling(8, None, 1.0)]
+    ends = [(0.0, 1.0), (2.0, 3.5), (None, 1.0), (1.234567, 3.0), (1.2345678, 3.0)]
+    ranges = [FrameSampling(8, *range_s) for range_s in ends]
     for sampling in ranges:
         (record,) = features(clip, engine, folder, sampling=sampling)
         tensors = load_file(folder / record["file"])
@@ -41,6 +42,8 @@ def test_two_ranges_of_a_clip_are_two_files_that_both_stay(clip, tmp_path):
     assert files_in(folder) == [
         "01.mp4@-1.safetensors",
         "01.mp4@0-1.safetensors",
+        "01.mp4@1.234567-3.safetensors",
+        "01.mp4@1.2345678-3.safetensors",
         "01.mp4@2-3.5.safetensors",
     ]
     assert list(features(clip, engine, folder, sampling=ranges[0])) == []
