@@ -10,13 +10,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vla2_models.hub import Source
 from vla2cli.engine import Engine
-from vla2cli.preprocess import normalise
+from vla2cli.media.frames import read_frames
+from vla2cli.preprocess import fit_frame, normalise
 
 torch.set_num_threads(1)  # as in tests/tiny.py
 
 HERE = Path(__file__).parent
 SHARED = Path(os.environ.get("VLA2_SHARED", HERE.parents[1] / "shared")).resolve()
+
+# every run of the reference: a checkpoint and what was asked of it
+RUNS = [
+    *[("mistral_clip_stc_8f", run) for run in ("cap", "qa", "img", "txt", "mt", "range")],
+    ("mistral_clip_stc_16f_336", "cap"),
+    ("mistral_clip_stc_8f_Base", "cap"),
+    ("mistral_clip_stc_8f_lora", "cap"),
+    *[("mixtral_clip_stc_8f", run) for run in ("cap", "qa", "img")],
+    *[("qwen2_siglip_stcv35_16f", run) for run in ("cap", "qa", "img", "txt")],
+    ("qwen2_siglip_stcv35_16f_384", "cap"),
+]
 
 # how far our float32 results may be from the reference's: about ten times the spread between
 # attention implementations, and between float32 and float64, that was measured on the reference
@@ -65,23 +78,40 @@ def tensors_of(case, run):
 @functools.cache
 def golden_engine(case):
     """An engine on a golden checkpoint, in float32 on the CPU; not to be changed."""
-    folder = golden(f"checkpoints/{case}/generation_config.json").parent
+    folder = golden(f"checkpoints/{case}/config.json").parent
     hub_dir = folder.parents[1] / "towers"
     return Engine.load(str(folder), hub_dir=hub_dir, device="cpu", dtype="float32")
 
 
+def golden_source():
+    """Where the towers and language models that the golden checkpoints name are."""
+    return Source(golden("towers/mistralai").parent)
+
+
 def pixels_of(case, run):
-    """The stored input of the tower, so that no decoder takes part."""
+    """The input of the tower: the stored one, so that no decoder takes part, where it is whole."""
     tensors = tensors_of(case, run)
     if "pixel_values" in tensors:
         return tensors["pixel_values"]
     stored = np.load(golden(f"data/{case}.{run}.crop_u8.npz"))
-    assert stored["frame_slots"].tolist() == list(range(len(tensors["frame_indices"])))
     crops = np.ascontiguousarray(stored["crop_u8"].transpose(0, 2, 3, 1))
+    if len(crops) < len(tensors["frame_indices"]):
+        decoded = frames_of(case, run)
+        assert np.array_equal(decoded[stored["frame_slots"]], crops)
+        crops = decoded
     pixel_values = torch.from_numpy(normalise(crops, golden_engine(case).geometry))
     first = tensors["pixel_values_frame0"]
     torch.testing.assert_close(pixel_values[:1], first, atol=ATOL["pixel_values"], rtol=0)
     return pixel_values
+
+
+def frames_of(case, run):
+    """The frames of the real clip as our media stage makes them: (T, S, S, 3) uint8."""
+    geometry = golden_engine(case).geometry
+    path = media(runs_of(case)[run]["media"])
+    num_frames = len(tensors_of(case, run)["frame_indices"])
+    frames = read_frames(str(path), "video", num_frames=num_frames)
+    return np.stack([fit_frame(image, geometry) for image in frames.images])
 
 
 def features_of(case, run):

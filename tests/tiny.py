@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from vla2_models.checkpoint import load_model, open_checkpoint
+from vla2_models.checkpoint import open_checkpoint
 from vla2_models.hub import Source
+from vla2_models.loading import load_model
 from vla2_models.miniature import TOWER_ID, write_miniature
 from vla2cli.engine import Engine
 

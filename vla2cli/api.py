@@ -140,6 +140,7 @@ def _open_job(
     output: StrPath | None,
 ) -> Job:
     sampling = sampling or FrameSampling(engine.checkpoint.config.num_frames)
+    engine.check_frames(sampling.num_frames)
     settings = engine.settings(generation or GenerationChoice())
     ledger = stack.enter_context(Ledger.open(output)) if output is not None else None
     pool = stack.enter_context(DecodePool(default_num_workers()))

@@ -17,14 +17,10 @@ from vla2cli import options as opt
 from vla2cli.config import DEFAULT_MAX_NEW_TOKENS, is_debug
 from vla2cli.console import Console, count, print_data, print_text, printable
 from vla2cli.errors import UsageError, Vla2Error, one_line
+from vla2cli.models import models_app
 from vla2cli.options import RunOptions
 from vla2cli.plan import Task
 from vla2cli.run import run_batch
-
-# where `make demo` puts the model that the help's examples use
-DEMO_HUB = "--hub-dir .demo/hub"
-DEMO_MODEL = "vla2/miniature-7B"
-DEMO = f"{DEMO_HUB} -m {DEMO_MODEL}"
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
@@ -32,10 +28,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Turn folders of videos into true, traceable text with VideoLLaMA 2.",
 )
-
-
-def _epilog(*examples: str) -> str:
-    return "\b\nExamples (after make demo):\n" + "\n".join(f"  {example}" for example in examples)
 
 
 @app.callback(invoke_without_command=True)
@@ -65,9 +57,9 @@ def vla2(
 
 
 @app.command(
-    epilog=_epilog(
-        f"vla2 caption examples/01.mp4 {DEMO}",
-        f"vla2 caption examples/ {DEMO} -o .demo/captions.jsonl",
+    epilog=opt.epilog(
+        f"vla2 caption examples/01.mp4 {opt.DEMO}",
+        f"vla2 caption examples/ {opt.DEMO} -o .demo/captions.jsonl",
     )
 )
 def caption(
@@ -87,6 +79,8 @@ def caption(
     offline: opt.Offline = False,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    load_in: opt.LoadIn = None,
+    device_map: opt.DeviceMap = None,
     batch: opt.Batch = 1,
     modality: opt.Modality = "auto",
     start: opt.Start = None,
@@ -121,9 +115,9 @@ def caption(
 
 
 @app.command(
-    epilog=_epilog(
-        f'vla2 ask examples/01.mp4 "What moves?" {DEMO}',
-        f'vla2 ask examples/01.mp4 "What moves?" --then "Which way?" {DEMO}',
+    epilog=opt.epilog(
+        f'vla2 ask examples/01.mp4 "What moves?" {opt.DEMO}',
+        f'vla2 ask examples/01.mp4 "What moves?" --then "Which way?" {opt.DEMO}',
     )
 )
 def ask(
@@ -149,6 +143,8 @@ def ask(
     offline: opt.Offline = False,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    load_in: opt.LoadIn = None,
+    device_map: opt.DeviceMap = None,
     batch: opt.Batch = 1,
     modality: opt.Modality = "auto",
     start: opt.Start = None,
@@ -188,9 +184,9 @@ def ask(
 
 
 @app.command(
-    epilog=_epilog(
-        f"vla2 features examples/01.mp4 -o .demo/features {DEMO}",
-        f"vla2 features examples/ --tensors projector_tokens -o .demo/tokens {DEMO}",
+    epilog=opt.epilog(
+        f"vla2 features examples/01.mp4 -o .demo/features {opt.DEMO}",
+        f"vla2 features examples/ --tensors projector_tokens -o .demo/tokens {opt.DEMO}",
     )
 )
 def features(
@@ -215,6 +211,8 @@ def features(
     offline: opt.Offline = False,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    load_in: opt.LoadIn = None,
+    device_map: opt.DeviceMap = None,
     batch: Annotated[
         int, typer.Option("--batch", envvar="VLA2_BATCH", help="Clips that are read together.")
     ] = 1,
@@ -274,45 +272,11 @@ def features(
     raise typer.Exit(code)
 
 
-@app.command(
-    epilog=_epilog(f"vla2 models {DEMO_HUB}", f"vla2 models {DEMO_MODEL} {DEMO_HUB}"),
-)
-def models(
-    name: Annotated[
-        str | None,
-        typer.Argument(help="A folder or hub id to look into; without it, all on this disk."),
-    ] = None,
-    revision: opt.Revision = None,
-    hub_dir: opt.HubDir = None,
-    offline: opt.Offline = False,
-    json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
-    debug: opt.Debug = False,
-) -> None:
-    """List the checkpoints on this disk, or check one by its headers."""
-    from vla2_models.hub import Source
-    from vla2cli.facts import describe_checkpoint, describe_places, find_checkpoints
-
-    source = Source(hub_dir, offline)
-    found = (
-        [describe_checkpoint(name, source, revision)]
-        if name is not None
-        else list(find_checkpoints(source))
-    )
-    for facts in found:
-        if json or not sys.stdout.isatty():
-            print_data(facts)
-        else:
-            print_text("  ".join(f"{key} {value}" for key, value in facts.items() if value))
-    console = Console(quiet=quiet, verbose=verbose)
-    if name is None:
-        console.note(f"{count(len(found), 'checkpoint')} on this disk")
-        console.detail(f"looked into {describe_places(source)}")
+app.add_typer(models_app, name="models")
 
 
 @app.command(
-    epilog=_epilog("vla2 verify .demo/captions.jsonl", "vla2 verify .demo/captions.jsonl --hash")
+    epilog=opt.epilog("vla2 verify .demo/captions.jsonl", "vla2 verify .demo/captions.jsonl --hash")
 )
 def verify(
     ledger: Annotated[Path, typer.Argument(help="JSON Lines file that vla2 wrote.")],
@@ -382,6 +346,8 @@ def main(argv: list[str] | None = None) -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: PTH123, SIM115
     arguments = sys.argv[1:] if argv is None else argv
     shows_traceback = "--debug" in arguments or is_debug()
+    # what is wrong with a checkpoint is said once, by us
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if shows_traceback else "error")
     try:
         code = app(arguments, standalone_mode=False, prog_name="vla2")
     except typer.Abort:  # Ctrl-C before there was a run

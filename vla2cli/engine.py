@@ -14,15 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vla2_models.checkpoint import Checkpoint, check_weights, load_model, open_checkpoint
+from vla2_models.checkpoint import Checkpoint, open_checkpoint
 from vla2_models.fingerprint import hash_weights
 from vla2_models.hub import Source
+from vla2_models.loading import check_weights, load_model
 from vla2_models.videollama2 import VideoLLaMA2
 from vla2cli.config import GenerationChoice, GenerationSettings, resolve_generation
 from vla2cli.engines import eager as language_engine
 from vla2cli.engines.eager import Generation, generate
 from vla2cli.errors import ModelError, UsageError
 from vla2cli.frontend.eager import EagerFrontend
+from vla2cli.layout import Layout
 from vla2cli.media.records import Clip
 from vla2cli.preprocess import FrameGeometry, normalise
 from vla2cli.prompt import Prompt, Turn, build_prompt
@@ -71,17 +73,29 @@ class Engine:
         checkpoint: found and understood, see `Engine.load` for the short way.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: `auto` (float32 on the CPU, bfloat16 elsewhere), or one of `DTYPES`.
+        layout: whether the language model is quantised, or spread over several devices.
 
     Raises:
-        UsageError: the device or the dtype cannot be had.
+        UsageError: the device, the dtype or the layout cannot be had.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, device: str = "auto", dtype: str = "auto"
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        layout: Layout | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = pick_device(device)
-        self.dtype = pick_dtype(dtype, self.device)
+        self.layout = layout or Layout()
+        if self.layout.device_map and device != "auto":
+            raise UsageError(
+                f"'--device {device}' is one device and '--device-map' takes all; give one of them"
+            )
+        self.dtype = pick_dtype(dtype, self.device, is_quantised=self.layout.load_in is not None)
+        self.layout.check(checkpoint.config.language, self.device)
 
     @classmethod
     def load(
@@ -93,6 +107,7 @@ class Engine:
         offline: bool = False,
         device: str = "auto",
         dtype: str = "auto",
+        layout: Layout | None = None,
     ) -> Engine:
         """Load a checkpoint from a folder or the hub.
 
@@ -103,14 +118,15 @@ class Engine:
             offline: never go to the hub.
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
             dtype: `auto` (float32 on the CPU, bfloat16 elsewhere), or one of `DTYPES`.
+            layout: whether the language model is quantised, or spread over several devices.
 
         Raises:
             CheckpointError: the checkpoint is nowhere or not whole.
-            UsageError: the device or the dtype cannot be had.
+            UsageError: the device, the dtype or the layout cannot be had.
         """
         source = Source(Path(hub_dir) if hub_dir else None, offline)
         checkpoint = open_checkpoint(model, source, revision=revision)
-        engine = cls(checkpoint, device=device, dtype=dtype)
+        engine = cls(checkpoint, device=device, dtype=dtype, layout=layout)
         engine.load_weights()
         return engine
 
@@ -133,8 +149,19 @@ class Engine:
 
     @cached_property
     def model(self) -> VideoLLaMA2:
-        """The networks, on the engine's device."""
-        return load_model(self.checkpoint, device=self.device, dtype=self.dtype)
+        """The networks, on the engine's device or as the layout asks."""
+        try:
+            if self.layout.is_plain:
+                return load_model(self.checkpoint, device=self.device, dtype=self.dtype)
+            model = load_model(self.checkpoint, device="cpu", dtype=self.dtype)
+            self.layout.apply(model, self.device)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise ModelError(
+                f"'{self.checkpoint.folder}' does not fit into the memory of {self.device} in "
+                f"{self.backends['dtype']}; try --load-in 4bit, --device-map auto or --dtype "
+                "bfloat16"
+            ) from error
+        return model
 
     @cached_property
     def frontend(self) -> EagerFrontend:
@@ -144,12 +171,12 @@ class Engine:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer, checked against its vocabulary."""
-        tokenizer = load_tokenizer(self.checkpoint.folder)
+        tokenizer = load_tokenizer(self.checkpoint.text_folder)
         vocab_size = self.checkpoint.config.language.vocab_size
         if tokenizer.num_tokens > vocab_size:
             raise ModelError(
-                f"'{self.checkpoint.folder}': the tokenizer has {tokenizer.num_tokens} tokens, "
-                f"the model's vocabulary {vocab_size}; the folder mixes two models"
+                f"'{self.checkpoint.text_folder}': the tokenizer has {tokenizer.num_tokens} "
+                f"tokens, the model's vocabulary {vocab_size}; the folder mixes two models"
             )
         return tokenizer
 
@@ -164,12 +191,13 @@ class Engine:
         return identify(self.checkpoint)
 
     @property
-    def backends(self) -> dict[str, str]:
-        """What a record says of how the stages run: `frontend`, `engine`, `dtype`."""
+    def backends(self) -> dict[str, str | None]:
+        """What a record says of how the stages run: `frontend`, `engine`, `dtype`, `quant`."""
         return {
             "frontend": EagerFrontend.name,
             "engine": language_engine.NAME,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "quant": self.layout.load_in,
         }
 
     def settings(self, choice: GenerationChoice) -> GenerationSettings:
@@ -183,7 +211,20 @@ class Engine:
             raise UsageError(
                 f"'--max-new-tokens {choice.max_new_tokens}': the model's context is {context}"
             )
-        return resolve_generation(choice, self.checkpoint.folder, self.tokenizer.eos_token_id)
+        return resolve_generation(choice, self.checkpoint.text_folder, self.tokenizer.eos_token_id)
+
+    def check_frames(self, num_frames: int) -> None:
+        """Refuse so few frames that the connector would leave no visual token of a clip.
+
+        Raises:
+            UsageError: naming the fewest.
+        """
+        fewest = self.checkpoint.config.connector.min_frames
+        if num_frames < fewest:
+            raise UsageError(
+                f"'--frames {num_frames}': the model's {self.checkpoint.config.projector_type} "
+                f"needs at least {fewest}"
+            )
 
     def pixel_values(self, clip: Clip) -> Tensor:
         """Normalise the fitted frames of a clip: (T, 3, S, S) float32."""
@@ -276,14 +317,17 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+def pick_dtype(name: str, device: torch.device, *, is_quantised: bool = False) -> torch.dtype:
     """Return the dtype of that name; `auto` is float32 on the CPU and bfloat16 elsewhere.
+
+    Quantised weights are multiplied in bfloat16 on the CPU too, where float32 is many times slower.
 
     Raises:
         UsageError: there is none.
     """
     if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+        is_exact = device.type == "cpu" and not is_quantised
+        return torch.float32 if is_exact else torch.bfloat16
     if name not in DTYPES:
         raise UsageError(f"'--dtype {name}': expected auto, {', '.join(DTYPES)}")
     return DTYPES[name]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vla2_models.checkpoint import open_checkpoint
+from vla2_models.checkpoint import Checkpoint, open_checkpoint
 from vla2_models.errors import CheckpointError
 from vla2_models.files import read_json
-from vla2_models.hub import Source
-from vla2_models.stc import count_tokens
+from vla2_models.hub import Source, folders_on_disk
+from vla2_models.loading import check_weights
+from vla2_models.public import find_public, public_checkpoints
 from vla2cli.console import format_size
 from vla2cli.engine import Engine
 from vla2cli.errors import ModelError
@@ -38,44 +39,115 @@ def find_checkpoints(source: Source) -> Iterator[dict[str, Any]]:
     Yields:
         The facts of each, as `describe_checkpoint`; one that cannot be used says `why`.
     """
-    for name, folder in sorted({**_in_cache(), **_in_hub_dir(source.hub_dir)}.items()):
+    for name, folder in sorted(folders_on_disk(source.hub_dir).items()):
         try:
             raw = read_json(folder / "config.json")
         except CheckpointError as error:
-            yield {"id": name, "folder": str(folder), "usable": False, "why": str(error)}
+            yield _unusable(name, folder, error)
             continue
         if "videollama2" not in str(raw.get("model_type")):
             continue
         try:
             # by its folder: the name may mean another one, seen from the current folder
-            offline = Source(source.hub_dir, offline=True)
-            yield {**describe_checkpoint(str(folder), offline), "id": name}
+            checkpoint = check_headers(str(folder), Source(source.hub_dir, offline=True))
+            yield describe_checkpoint(name, checkpoint)
         except (CheckpointError, ModelError) as error:
-            yield {"id": name, "folder": str(folder), "usable": False, "why": str(error)}
+            yield _unusable(name, folder, error)
 
 
-def describe_checkpoint(name: str, source: Source, revision: str | None = None) -> dict[str, Any]:
-    """Check a checkpoint by its headers and state its facts.
+def missing_public(here: Collection[str]) -> Iterator[dict[str, Any]]:
+    """State the facts of the public checkpoints that are not on this disk."""
+    for public in public_checkpoints():
+        if public.id not in here:
+            yield {
+                "id": public.id,
+                "on_disk": False,
+                "form": public.form,
+                "model_type": public.model_type,
+                "language_model": public.language_model,
+                "tower": public.tower,
+                "connector": public.connector,
+                "num_frames": public.num_frames,
+                "visual_tokens": public.visual_tokens,
+                "parameters": public.num_parameters,
+                "disk_gb": public.disk_gb,
+                "memory_gb": _memory(public.id, public.num_parameters),
+            }
+
+
+def check_headers(name: str, source: Source, revision: str | None = None) -> Checkpoint:
+    """Find a checkpoint and check all its files, without reading its weights.
 
     Raises:
         CheckpointError, ModelError: it is nowhere, or would not load.
     """
     checkpoint = open_checkpoint(name, source, revision=revision)
-    num_parameters = Engine(checkpoint, device="cpu").check()
+    Engine(checkpoint, device="cpu").check()
+    return checkpoint
+
+
+def describe_checkpoint(
+    name: str, checkpoint: Checkpoint, *, values: bool = False
+) -> dict[str, Any]:
+    """State the facts of a checkpoint.
+
+    Args:
+        name: what to call it.
+        checkpoint: from `check_headers`.
+        values: whether every weight is read, to see that it is finite.
+
+    Raises:
+        CheckpointError: its weights are not sound.
+    """
+    num_parameters = check_weights(checkpoint, values=values)
     config = checkpoint.config
     return {
         "id": name,
+        "on_disk": True,
         "folder": str(checkpoint.folder),
         "revision": checkpoint.located.revision,
         "usable": True,
+        "form": checkpoint.form,
         "model_type": config.model_type,
         "tower": config.mm_vision_tower,
         "connector": config.projector_type,
         "num_frames": config.num_frames,
-        "visual_tokens": count_tokens(config.num_frames, config.num_patches),
+        "visual_tokens": config.visual_tokens,
         "parameters": num_parameters,
         "size": format_size(checkpoint.size_bytes),
+        "memory_gb": _memory(name, num_parameters),
     }
+
+
+def describe_line(found: Mapping[str, Any]) -> str:
+    """Write the facts of one checkpoint as a line for people."""
+    if not found.get("usable", True):
+        return f"{found['id']}  cannot be used: {found['why']}"
+    memory = found["memory_gb"]
+    place = f"here, {found['size']}" if found["on_disk"] else f"not here, {found['disk_gb']} GB"
+    form = "" if found["form"] == "whole" else f"{found['form']} only, "
+    return (
+        f"{found['id']}  {place}; {form}{found['num_frames']} frames, {found['visual_tokens']} "
+        f"tokens, {found['parameters'] / 1e9:.1f} B; memory "
+        + ", ".join(f"{gb} GB in {dtype}" for dtype, gb in memory.items())
+    )
+
+
+def _unusable(name: str, folder: Path, error: Exception) -> dict[str, Any]:
+    why = str(error)
+    return {"id": name, "on_disk": True, "folder": str(folder), "usable": False, "why": why}
+
+
+def _memory(name: str, num_parameters: int) -> dict[str, float]:
+    """State the room that the weights take, by dtype, in 10**9 bytes."""
+    memory: dict[str, float | None] = {
+        "float32": round(num_parameters * 4 / 1e9, 1),
+        "bfloat16": round(num_parameters * 2 / 1e9, 1),
+    }
+    public = find_public(name)
+    if public is not None:
+        memory |= {"8bit": public.memory_8bit_gb, "4bit": public.memory_4bit_gb}
+    return {dtype: gb for dtype, gb in memory.items() if gb is not None}
 
 
 def describe_places(source: Source) -> str:
@@ -84,26 +156,3 @@ def describe_places(source: Source) -> str:
 
     places = [HF_HUB_CACHE, source.hub_dir]
     return " and ".join(f"'{place}'" for place in places if place)
-
-
-def _in_hub_dir(hub_dir: Path | None) -> dict[str, Path]:
-    if hub_dir is None:
-        return {}
-    folders = [path.parent for path in hub_dir.glob("*/*/config.json")]
-    return {folder.relative_to(hub_dir).as_posix(): folder for folder in folders}
-
-
-def _in_cache() -> dict[str, Path]:
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    try:
-        cache = scan_cache_dir()
-    except CacheNotFound:
-        return {}
-    newest = {
-        repo.repo_id: max(repo.revisions, key=lambda revision: revision.last_modified)
-        for repo in cache.repos
-        if repo.repo_type == "model" and repo.revisions
-    }
-    return {name: revision.snapshot_path for name, revision in newest.items()}

@@ -18,6 +18,16 @@ from vla2cli.config import GenerationChoice, read_config_file
 from vla2cli.errors import UsageError
 from vla2cli.plan import FrameSampling
 
+# where `make demo` puts the model that the help's examples use
+DEMO_HUB = "--hub-dir .demo/hub"
+DEMO_MODEL = "vla2/miniature-7B"
+DEMO = f"{DEMO_HUB} -m {DEMO_MODEL}"
+
+
+def epilog(*examples: str) -> str:
+    """Write the examples that end a command's help."""
+    return "\b\nExamples (after make demo):\n" + "\n".join(f"  {example}" for example in examples)
+
 
 def _option(*names: str, help: str, env: bool = True, **more: Any) -> Any:
     variable = "VLA2_" + names[0].split("/")[0].lstrip("-").replace("-", "_").upper()
@@ -106,6 +116,14 @@ Dtype = Annotated[
     Literal["auto", "float32", "float16", "bfloat16"],
     _option("--dtype", help="auto is float32 on the CPU and bfloat16 on CUDA."),
 ]
+LoadIn = Annotated[
+    Literal["4bit", "8bit"] | None,
+    _option("--load-in", help="Quantise the language model; needs pip install 'vla2[quant]'."),
+]
+DeviceMap = Annotated[
+    Literal["auto"] | None,
+    _option("--device-map", help="Spread the language model over all GPUs, the CPU and the disk."),
+]
 Batch = Annotated[int, _option("--batch", help="Prompts that are answered together.")]
 
 # what of a file is looked at
@@ -181,6 +199,8 @@ class RunOptions:
     offline: bool
     device: str
     dtype: str
+    load_in: str | None
+    device_map: str | None
     batch: int
     modality: str
     start: str | None

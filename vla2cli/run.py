@@ -85,6 +85,7 @@ def run_batch(
             ledger = stack.enter_context(Ledger.open(ledger_path, force=options.force))
             _note_repairs(ledger, ledger_path, console)
         sampling = options.sampling(engine.checkpoint.config.num_frames)
+        engine.check_frames(sampling.num_frames)
         settings = engine.settings(options.generation)
         job = Job(engine, task, sampling, settings, pool, ledger, batch=options.batch)
         _note_hashing(engine, console)
@@ -116,6 +117,7 @@ def open_engine(options: RunOptions, console: Console) -> Engine:
     from vla2_models.checkpoint import open_checkpoint
     from vla2_models.hub import Source
     from vla2cli.engine import Engine
+    from vla2cli.layout import Layout
 
     if console.quiet:
         from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -132,7 +134,8 @@ def open_engine(options: RunOptions, console: Console) -> Engine:
             f"--modality {options.modality} needs a model with an audio branch; "
             f"{options.model} has none (try {AV_MODEL})"
         )
-    engine = Engine(checkpoint, device=options.device, dtype=options.dtype)
+    layout = Layout(options.load_in, options.device_map)
+    engine = Engine(checkpoint, device=options.device, dtype=options.dtype, layout=layout)
     # in a moment, from headers: a wrong folder is refused before the output is touched
     engine.check()
     if checkpoint.config.is_demo:

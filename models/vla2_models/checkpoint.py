@@ -1,30 +1,68 @@
-"""Weights on disk -> `VideoLLaMA2`, every tensor claimed once; and back.
+"""A checkpoint's folder -> which files hold its weights, told by the files alone.
 
-Names, shapes and files are checked from the headers before a single weight is read, so that a
-wrong folder is refused in a moment, whatever its size.
+    whole       model.safetensors, or shards with an index: everything, the tower too
+    projector   mm_projector.*: the connector; the language model is that of another folder (-Base)
+    adapter     adapter_model.* and non_lora_trainables.*: LoRA on another folder's model
+
+Tokenizer and generation_config.json are in the folder of the language model. Where no file holds
+the vision tower, its own folder does.
+
+Source: upstream VideoLLaMA2@c0bb03a, model/__init__.py `load_pretrained_model`, which goes by the
+folder's name and leaves the tower of the two small forms random.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
-from .config import CheckpointConfig, read_config, tower_name
+from .adapter import ADAPTER_CONFIG, PEFT_PREFIX
+from .config import LANGUAGE_CONFIGS, CheckpointConfig, read_config, tower_name
 from .errors import CheckpointError
 from .files import read_json
-from .hub import TOWER_FILES, Located, Source, locate, shard_names
-from .videollama2 import VideoLLaMA2, public_name
+from .hub import (
+    ADAPTER_FILES,
+    PROJECTOR_FILES,
+    TOWER,
+    TOWER_WITH_WEIGHTS,
+    TRAINABLES_FILES,
+    WHOLE_FILE,
+    WHOLE_PICKLE,
+    Located,
+    Source,
+    first_of,
+    folders_on_disk,
+    locate,
+    shard_names,
+)
+from .names import TOWER_PREFIX
+from .public import suggest
+from .tensors import read_shapes
 
-# buffers that older releases of transformers wrote and that are computed, not loaded
-COMPUTED_BUFFERS = re.compile(r"\.(position_ids|rotary_emb\.inv_freq)$")
+
+@dataclass(frozen=True)
+class Layer:
+    """Weight files of one folder; a layer before it in a checkpoint goes before."""
+
+    files: tuple[Path, ...]
+    # how names in the files begin -> how the public ones do; other names are not looked at
+    prefixes: Mapping[str, str]
+    is_own: bool  # of the checkpoint itself, where a tensor that has no place is an error
+
+    def shapes(self, path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Read the header of one file: public name -> name in the file, shape.
+
+        Raises:
+            CheckpointError: the file is damaged, or holds more than tensors.
+        """
+        found = {}
+        for key, shape in read_shapes(path).items():
+            prefix = next((prefix for prefix in self.prefixes if key.startswith(prefix)), None)
+            if prefix is not None:
+                found[self.prefixes[prefix] + key.removeprefix(prefix)] = key, shape
+        return found
 
 
 @dataclass(frozen=True)
@@ -33,10 +71,14 @@ class Checkpoint:
 
     located: Located
     config: CheckpointConfig
+    layers: tuple[Layer, ...]
+    form: str  # whole | projector | adapter
+    text_folder: Path  # with the tokenizer and generation_config.json
+    adapter: Path | None = None  # the file of a LoRA adapter, adapter_config.json beside it
 
     @property
     def folder(self) -> Path:
-        """The folder that holds config.json and the weights."""
+        """The folder that holds config.json."""
         return self.located.folder
 
     @property
@@ -45,179 +87,143 @@ class Checkpoint:
         return sum(path.stat().st_size for path in self.weight_files())
 
     def weight_files(self) -> list[Path]:
-        """List the weight files, in the order of their names.
-
-        Raises:
-            CheckpointError: there is none, or one that the index names is absent.
-        """
-        names = shard_names(self.folder)
-        if not names and (self.folder / "model.safetensors").exists():
-            names = ["model.safetensors"]
-        if not names:
-            raise CheckpointError(f"'{self.folder}' holds no safetensors weights{self._pickles()}")
-        for name in names:
-            if not (self.folder / name).exists():
-                raise CheckpointError(
-                    f"'{self.folder}' lacks '{name}', which its index names; fetch it again"
-                )
-        return [self.folder / name for name in names]
-
-    def _pickles(self) -> str:
-        pickles = sorted(path.name for path in self.folder.glob("*.bin"))
-        return f", only pickles such as '{pickles[0]}', which are not read" if pickles else ""
+        """List what decides the weights: the checkpoint's own files first, then the others'."""
+        files = [path for layer in self.layers for path in layer.files]
+        if self.adapter is not None:
+            files[:0] = [self.adapter, self.adapter.with_name(ADAPTER_CONFIG)]
+        return files
 
 
 def open_checkpoint(
-    name: str, source: Source | None = None, *, revision: str | None = None
+    name: str,
+    source: Source | None = None,
+    *,
+    revision: str | None = None,
+    allow_pickles: bool = False,
 ) -> Checkpoint:
-    """Find a checkpoint and its tower and read their configuration.
+    """Find a checkpoint and what it builds on, and read their configuration.
 
     Args:
         name: a folder, or a hub id.
-        source: where to look for it and for the tower that its config.json names.
+        source: where to look for it, for the tower and for the language model it names.
         revision: commit, tag or branch on the hub.
+        allow_pickles: whether whole models may be pickles, of tensors alone; the small public
+            files of Base and LoRA checkpoints always may.
 
     Raises:
         CheckpointError: it is nowhere, or is not understood.
     """
     source = source or Source()
-    located = locate(name, source, revision=revision)
-    raw = read_json(located.folder / "config.json")
+    located = _locate(name, source, revision)
+    folder = located.folder
+    raw = read_json(folder / "config.json")
     if "videollama2" not in str(raw.get("model_type")):
         raise CheckpointError(
-            f"'{located.folder}' holds a model of type {raw.get('model_type')!r}, "
+            f"'{folder}' holds a model of type {raw.get('model_type')!r}, "
             "expected a VideoLLaMA 2 checkpoint (videollama2_…)"
         )
-    tower = locate(tower_name(located.folder, raw), source, files=TOWER_FILES)
-    return Checkpoint(located, read_config(located.folder, tower.folder))
+    tower = locate(tower_name(folder, raw), source, wanted=TOWER)
+    config = read_config(folder, tower.folder)
+    adapter = first_of(folder, ADAPTER_FILES)
+    form = _find_form(folder, raw)
+    layers, text_folder = [_own_layer(folder, form, allow_pickles)], folder
+    if form != "whole":
+        text_folder = _find_base(folder, raw, adapter, source)
+        files = _whole_files(text_folder, allow_pickles)
+        layers.append(Layer(files, {"": ""}, is_own=False))
+    if not any(_holds_tower(layer) for layer in layers):
+        layers.append(_tower_layer(config.mm_vision_tower, source))
+    return Checkpoint(located, config, tuple(layers), form, text_folder, adapter)
 
 
-def build_empty(config: CheckpointConfig) -> VideoLLaMA2:
-    """Build the networks with parameters on the meta device and true buffers."""
-    with init_empty_weights():
-        return VideoLLaMA2(config)
-
-
-def load_model(
-    checkpoint: Checkpoint,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> VideoLLaMA2:
-    """Load the weights, ready for inference.
-
-    Args:
-        checkpoint: from `open_checkpoint`.
-        dtype: what the weights are cast to; a tensor that already has it stays memory-mapped.
-        device: where they go.
-
-    Raises:
-        CheckpointError: a tensor is missing, foreign, of another shape or held twice, or a file
-            cannot be read; the message names key, shape found and shape wanted.
-    """
-    model = build_empty(checkpoint.config)
-    check_weights(checkpoint, model)
-    wanted = {public_name(name): name for name in model.state_dict()}
-    for path in checkpoint.weight_files():
-        with _open(path) as tensors:
-            state = {
-                wanted[key]: tensors.get_tensor(key).to(device=device, dtype=dtype)
-                for key in tensors.keys()  # noqa: SIM118  safe_open is no mapping
-                if key in wanted
-            }
-        model.load_state_dict(state, strict=False, assign=True)
-    return model.requires_grad_(False).to(device).eval()
-
-
-def check_weights(checkpoint: Checkpoint, model: VideoLLaMA2 | None = None) -> int:
-    """Check names and shapes of all tensors by the headers of the weight files.
-
-    Args:
-        checkpoint: from `open_checkpoint`.
-        model: built for its config; made here, without memory, when not given.
-
-    Returns:
-        The number of parameters.
-
-    Raises:
-        CheckpointError: as `load_model`.
-    """
-    model = model or build_empty(checkpoint.config)
-    state = model.state_dict()
-    check_shapes(
-        {public_name(name): tuple(tensor.shape) for name, tensor in state.items()},
-        {path: read_shapes(path) for path in checkpoint.weight_files()},
-        checkpoint,
-    )
-    return sum(tensor.numel() for tensor in state.values())
-
-
-def check_shapes(
-    wanted: Mapping[str, tuple[int, ...]],
-    found: Mapping[Path, Mapping[str, tuple[int, ...]]],
-    checkpoint: Checkpoint,
-) -> None:
-    """Check that every wanted tensor is held once, in its shape, and that no other is held.
-
-    Raises:
-        CheckpointError: one line about the first that is not so.
-    """
-    holder: dict[str, Path] = {}
-    for path, shapes in found.items():
-        for key, shape in shapes.items():
-            if key in holder:
-                raise CheckpointError(
-                    f"'{checkpoint.folder}': tensor {key} is held twice, "
-                    f"by '{holder[key].name}' and '{path.name}'"
-                )
-            holder[key] = path
-            if key not in wanted:
-                raise CheckpointError(
-                    f"'{checkpoint.folder}': tensor {key} {list(shape)} in '{path.name}' has no "
-                    f"place in a {checkpoint.config.model_type} model, found {list(shape)}, "
-                    "wanted none"
-                )
-            if shape != wanted[key]:
-                raise CheckpointError(
-                    f"'{checkpoint.folder}': tensor {key} is {list(shape)}, this config's "
-                    f"{_part(key)} needs {list(wanted[key])}; the folder mixes two models"
-                )
-    missing = [key for key in wanted if key not in holder]
-    if missing:
-        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
-        raise CheckpointError(
-            f"'{checkpoint.folder}': tensor {missing[0]}{more} missing, found none, "
-            f"wanted {list(wanted[missing[0]])}; the checkpoint is incomplete"
-        )
-
-
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Read the names and shapes in a weight file's header; computed buffers are left out."""
-    with _open(path) as tensors:
-        return {
-            key: tuple(tensors.get_slice(key).get_shape())
-            for key in tensors.keys()  # noqa: SIM118  safe_open is no mapping
-            if not COMPUTED_BUFFERS.search(key)
-        }
-
-
-def save_weights(model: VideoLLaMA2, path: Path) -> None:
-    """Write the weights as one safetensors file under the names of the public checkpoints."""
-    tensors = {public_name(name): t.contiguous() for name, t in model.state_dict().items()}
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[safe_open]:
+def _locate(name: str, source: Source, revision: str | None) -> Located:
     try:
-        with safe_open(path, framework="pt") as tensors:
-            yield tensors
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"'{path}' is not a whole safetensors file: {error}") from error
+        return locate(name, source, revision=revision)
+    except CheckpointError as error:
+        near = suggest(name, folders_on_disk(source.hub_dir))
+        if near is None:
+            raise
+        raise CheckpointError(f"{error}; did you mean '{near}'?") from error
 
 
-def _part(key: str) -> str:
-    # the shapes of the connector's first block follow the tower's width
-    if ".vision_tower." in key or ".mm_projector.s1.b1." in key:
-        return "tower"
-    return "connector" if ".mm_projector." in key else "language model"
+def _find_form(folder: Path, raw: Mapping[str, Any]) -> str:
+    if first_of(folder, ADAPTER_FILES):
+        return "adapter"
+    has_projector = first_of(folder, PROJECTOR_FILES) is not None
+    has_whole = first_of(folder, (WHOLE_FILE, f"{WHOLE_FILE}.index.json")) is not None
+    # a training run may leave both
+    is_projector = has_projector and (raw.get("tune_mm_mlp_adapter") or not has_whole)
+    return "projector" if is_projector else "whole"
+
+
+def _own_layer(folder: Path, form: str, allow_pickles: bool) -> Layer:
+    if form == "whole":
+        return Layer(_whole_files(folder, allow_pickles), {"": ""}, is_own=True)
+    names = PROJECTOR_FILES if form == "projector" else TRAINABLES_FILES
+    path = first_of(folder, names)
+    # peft's wrapper stands in front of the public names
+    return Layer((path,) if path else (), {PEFT_PREFIX: "", "": ""}, is_own=True)
+
+
+def _whole_files(folder: Path, allow_pickles: bool) -> tuple[Path, ...]:
+    for whole in (WHOLE_FILE, WHOLE_PICKLE):
+        names = shard_names(folder, whole)
+        if not names:
+            stem, suffix = whole.split(".")
+            shards = folder.glob(f"{stem}-*-of-*.{suffix}")  # whose index was lost
+            names = [whole] if (folder / whole).exists() else sorted(p.name for p in shards)
+        for name in names:
+            if not (folder / name).exists():
+                raise CheckpointError(
+                    f"'{folder}' lacks '{name}', which its index names; fetch it again"
+                )
+        if names and whole == WHOLE_PICKLE and not allow_pickles:
+            raise CheckpointError(
+                f"'{folder}' holds no safetensors weights, only pickles such as '{names[0]}'; "
+                f"write them anew: vla2 models convert {folder} -o FOLDER"
+            )
+        if names:
+            return tuple(folder / name for name in names)
+    raise CheckpointError(f"'{folder}' holds no safetensors weights")
+
+
+def _find_base(folder: Path, raw: Mapping[str, Any], adapter: Path | None, source: Source) -> Path:
+    """Find the language model that a projector or an adapter was trained on."""
+    name = raw.get("_name_or_path")
+    if not name and adapter is not None:
+        name = read_json(adapter.with_name(ADAPTER_CONFIG)).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(
+            f"'{folder}/config.json' has no _name_or_path, which names the language model that "
+            "this checkpoint builds on"
+        )
+    try:
+        base = locate(name, source).folder
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"'{folder}' builds on the language model '{name}': {error}; or set _name_or_path in "
+            "its config.json to that model's folder"
+        ) from error
+    found = str(read_json(base / "config.json").get("model_type"))
+    family = found if found.startswith("videollama2") else f"videollama2_{found}"
+    if LANGUAGE_CONFIGS.get(family) is not LANGUAGE_CONFIGS[raw["model_type"]]:
+        raise CheckpointError(
+            f"'{folder}' is of type '{raw['model_type']}', but builds on '{base}' of type "
+            f"'{found}'; the two do not belong together"
+        )
+    return base
+
+
+def _holds_tower(layer: Layer) -> bool:
+    return any(key.startswith(TOWER_PREFIX) for path in layer.files for key in layer.shapes(path))
+
+
+def _tower_layer(name: str, source: Source) -> Layer:
+    folder = locate(name, source, wanted=TOWER_WITH_WEIGHTS).folder
+    path = first_of(folder, (WHOLE_FILE, WHOLE_PICKLE))
+    if path is None:
+        raise CheckpointError(
+            f"'{folder}' has no {WHOLE_FILE}, and the checkpoint that names this tower does not "
+            "hold its weights"
+        )
+    return Layer((path,), {"vision_model.": TOWER_PREFIX}, is_own=False)

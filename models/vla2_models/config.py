@@ -8,19 +8,45 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CLIPVisionConfig, MistralConfig
+from transformers import (
+    CLIPVisionConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
 
+from .connectors import PROJECTOR_TYPES
 from .errors import CheckpointError
 from .files import read_json
+from .stc import ConnectorDesign
 
 DEFAULT_NUM_FRAMES = 8  # upstream constants.py, where config.json has no `num_frames`
 DEMO_KEY = "vla2_demo_model"  # set in config.json of models whose words are no evidence
-MISTRAL_TYPES = ("videollama2_mistral", "videollama2")
+PADDING_KEY = "mm_projector_padding"  # of the downsampler, where the projector's type is doubted
+
+LanguageConfig = MistralConfig | MixtralConfig | Qwen2Config
+TowerConfig = CLIPVisionConfig | SiglipVisionConfig
+
+# `model_type` in config.json -> the language model inside
+LANGUAGE_CONFIGS: Mapping[str, type[LanguageConfig]] = {
+    "videollama2": MistralConfig,
+    "videollama2_mistral": MistralConfig,
+    "videollama2_mixtral": MixtralConfig,
+    "videollama2_qwen2": Qwen2Config,
+}
+# `model_type` in the tower's config.json, of the whole model or of its vision part
+TOWER_CONFIGS: Mapping[str, type[TowerConfig]] = {
+    "clip": CLIPVisionConfig,
+    "clip_vision_model": CLIPVisionConfig,
+    "siglip": SiglipVisionConfig,
+    "siglip_vision_model": SiglipVisionConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -28,10 +54,11 @@ class CheckpointConfig:
     """The facts about one checkpoint that the networks and the prompt need."""
 
     model_type: str  # as in config.json
-    language: MistralConfig
-    vision: CLIPVisionConfig
+    language: LanguageConfig
+    vision: TowerConfig
     preprocessor: Mapping[str, Any]  # the tower's preprocessor_config.json
     projector_type: str
+    connector: ConnectorDesign  # what the projector's type stands for
     mm_vision_tower: str  # the tower's name, as config.json has it
     num_frames: int  # frames of a video, where the user asks for no other number
     num_tower_blocks: int  # blocks that run before the selected hidden state
@@ -52,6 +79,11 @@ class CheckpointConfig:
         assert isinstance(patch_size, int)
         return (image_size // patch_size) ** 2
 
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of a clip of `num_frames` frames, or of an image."""
+        return self.connector.count_tokens(self.num_frames, self.num_patches)
+
 
 def read_config(folder: Path, tower_folder: Path) -> CheckpointConfig:
     """Read what `folder` and its tower's folder say.
@@ -60,17 +92,16 @@ def read_config(folder: Path, tower_folder: Path) -> CheckpointConfig:
         CheckpointError: a file is absent, or names something that is not supported.
     """
     raw = read_json(folder / "config.json")
-    vision = read_json(tower_folder / "config.json")
-    vision = vision.get("vision_config", vision)
     projector_type = raw.get("mm_projector_type", "linear")
-    _refuse_unsupported(folder, raw, projector_type)
-    tower = _parse(CLIPVisionConfig, vision, tower_folder)
+    _refuse_unsupported(folder, raw)
+    tower = _tower_config(tower_folder)
     config = CheckpointConfig(
         model_type=raw["model_type"],
         language=_language_config(folder, raw),
         vision=tower,
         preprocessor=read_json(tower_folder / "preprocessor_config.json"),
         projector_type=projector_type,
+        connector=_connector(folder, raw, projector_type, tower),
         mm_vision_tower=tower_name(folder, raw),
         num_frames=_positive(folder, raw, "num_frames", DEFAULT_NUM_FRAMES),
         num_tower_blocks=_tower_blocks(folder, raw, tower.num_hidden_layers),
@@ -95,42 +126,72 @@ def tower_name(folder: Path, raw: Mapping[str, Any]) -> str:
     return name
 
 
-def _language_config(folder: Path, raw: Mapping[str, Any]) -> MistralConfig:
-    # "videollama2_mistral" is unknown to transformers, whose class is chosen here instead
+def _language_config(folder: Path, raw: Mapping[str, Any]) -> LanguageConfig:
+    # "videollama2_mistral" is unknown to transformers, whose class is chosen here instead; a wrong
+    # one would leave Mixtral's experts random without a word
     fields = {key: value for key, value in raw.items() if key != "model_type"}
-    config: MistralConfig = _parse(MistralConfig, fields, folder)
+    config: LanguageConfig = _parse(LANGUAGE_CONFIGS[raw["model_type"]], fields, folder)
     return config
+
+
+def _tower_config(folder: Path) -> TowerConfig:
+    raw = read_json(folder / "config.json")
+    vision = raw.get("vision_config", raw)
+    model_type = str(raw.get("model_type"))
+    if model_type not in TOWER_CONFIGS or not isinstance(vision, dict):
+        raise CheckpointError(
+            f"'{folder}' holds a model of type {model_type!r}, expected a vision tower: "
+            "CLIP or SigLIP"
+        )
+    config: TowerConfig = _parse(TOWER_CONFIGS[model_type], vision, folder)
+    return config
+
+
+def _connector(
+    folder: Path, raw: Mapping[str, Any], projector_type: str, tower: TowerConfig
+) -> ConnectorDesign:
+    if str(projector_type) not in PROJECTOR_TYPES:
+        raise CheckpointError(
+            f"'{folder}/config.json': mm_projector_type {json.dumps(projector_type)} is unknown, "
+            f"expected one of {', '.join(PROJECTOR_TYPES)}"
+        )
+    design = PROJECTOR_TYPES[projector_type]
+    padding = raw.get(PADDING_KEY)
+    if padding is not None:
+        if type(padding) is not int or padding not in (0, 1) or not design.is_convolution:
+            raise CheckpointError(
+                f"'{folder}/config.json': {PADDING_KEY} is {padding!r}, expected 0 or 1, for a "
+                "projector with a convolution"
+            )
+        return replace(design, padding=padding)
+    # the two have tensors of the same names and shapes, and the wrong one gives wrong tokens
+    if projector_type == "stc_connector" and isinstance(tower, SiglipVisionConfig):
+        raise CheckpointError(
+            f"'{folder}/config.json': mm_projector_type \"stc_connector\" beside a SigLIP tower, "
+            'where public checkpoints have "stc_connector_v35" with tensors of the same shapes; '
+            f'name that, or, if it was trained so, add "{PADDING_KEY}": 1'
+        )
+    return design
 
 
 def _parse(config_class: Any, fields: Mapping[str, Any], folder: Path) -> Any:
     try:
         return config_class.from_dict(dict(fields))
-    except (TypeError, ValueError, StrictDataclassError) as error:
+    except (AttributeError, TypeError, ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"'{folder}/config.json' is not understood: {reason}") from error
 
 
-def _refuse_unsupported(folder: Path, raw: Mapping[str, Any], projector_type: str) -> None:
-    found = {
-        "model_type": raw.get("model_type"),
-        "mm_projector_type": projector_type,
-        "mm_vision_tower": tower_name(folder, raw),
-        "mm_vision_select_feature": raw.get("mm_vision_select_feature", "patch"),
-        "tune_mm_mlp_adapter": bool(raw.get("tune_mm_mlp_adapter", False)),
+def _refuse_unsupported(folder: Path, raw: Mapping[str, Any]) -> None:
+    expected = {
+        "model_type": (raw.get("model_type"), tuple(LANGUAGE_CONFIGS)),
+        "mm_vision_select_feature": (raw.get("mm_vision_select_feature", "patch"), ("patch",)),
     }
-    supported = {
-        "model_type": found["model_type"] in MISTRAL_TYPES,
-        "mm_projector_type": projector_type == "stc_connector",
-        # upstream chooses the tower's class by this very substring
-        "mm_vision_tower": "clip" in found["mm_vision_tower"].lower(),
-        "mm_vision_select_feature": found["mm_vision_select_feature"] == "patch",
-        "tune_mm_mlp_adapter": not found["tune_mm_mlp_adapter"],
-    }
-    for field, is_supported in supported.items():
-        if not is_supported:
+    for field, (found, supported) in expected.items():
+        if found not in supported:
             raise CheckpointError(
-                f"'{folder}': {field} {json.dumps(found[field])} is not supported by this version; "
-                "it runs VideoLLaMA2-7B and -7B-16F (Mistral, CLIP, stc_connector)"
+                f"'{folder}/config.json': {field} {json.dumps(found)} is not supported, expected "
+                f"{' or '.join(map(json.dumps, supported))}"
             )
 
 

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import CheckpointError
 from .files import read_json
 
-INDEX_NAME = "model.safetensors.index.json"
-# never a pickle, never code
-CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-TOWER_FILES = ["config.json", "preprocessor_config.json"]
+# how the parts of a model are named on disk; the first that is there counts
+WHOLE_FILE = "model.safetensors"
+WHOLE_PICKLE = "pytorch_model.bin"
+PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+TRAINABLES_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is fetched of a model, and how to tell that all of it is there."""
+
+    patterns: tuple[str, ...]
+    is_complete: Callable[[Path], bool]
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ def locate(
     source: Source,
     *,
     revision: str | None = None,
-    files: list[str] = CHECKPOINT_FILES,
+    wanted: Wanted | None = None,
 ) -> Located:
     """Find the folder of `name`, fetching it when it is only on the hub.
 
@@ -47,11 +57,12 @@ def locate(
         name: a folder, or a hub id such as `DAMO-NLP-SG/VideoLLaMA2-7B`.
         source: where to look.
         revision: commit, tag or branch on the hub.
-        files: patterns of the files to fetch.
+        wanted: what to fetch of it; by default a `CHECKPOINT`.
 
     Raises:
         CheckpointError: it is nowhere.
     """
+    wanted = wanted or CHECKPOINT
     local = _locate_here(name, source)
     if local is not None:
         if revision is not None:
@@ -63,7 +74,7 @@ def locate(
         raise CheckpointError(
             f"'{name}' does not exist; give a folder, or a hub id like 'owner/name'"
         )
-    snapshot = _snapshot(name, revision, files, cached_only=True)
+    snapshot = _snapshot(name, revision, wanted, cached_only=True)
     if snapshot is None and source.offline:
         where = f" or under '{source.hub_dir}'" if source.hub_dir else ""
         raise CheckpointError(
@@ -72,18 +83,32 @@ def locate(
     if snapshot is None:
         if source.on_fetch:
             source.on_fetch(name)
-        snapshot = _snapshot(name, revision, files, cached_only=False)
+        snapshot = _snapshot(name, revision, wanted, cached_only=False)
     assert snapshot is not None, f"the hub gave no folder for {name}"
     return Located(name, snapshot, snapshot.name)
 
 
-def shard_names(folder: Path) -> list[str]:
+def folders_on_disk(hub_dir: Path | None) -> dict[str, Path]:
+    """List the models of the hub cache and of the local hub folder: id -> folder."""
+    return {**_in_cache(), **_in_hub_dir(hub_dir)}
+
+
+def first_of(folder: Path, names: Iterable[str]) -> Path | None:
+    """Return the first file of these names that the folder has."""
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def shard_names(folder: Path, whole: str = WHOLE_FILE) -> list[str]:
     """List the weight files that the folder's index names; none where there is no index.
+
+    Args:
+        folder: of the model.
+        whole: what the file would be called if there were only one.
 
     Raises:
         CheckpointError: the index is not one, or names a file outside the folder.
     """
-    path = folder / INDEX_NAME
+    path = folder / f"{whole}.index.json"
     if not path.exists():
         return []
     weight_map = read_json(path).get("weight_map")
@@ -105,6 +130,29 @@ def _locate_here(name: str, source: Source) -> Path | None:
     return next((path for path in candidates if path.is_dir()), None)
 
 
+def _in_hub_dir(hub_dir: Path | None) -> dict[str, Path]:
+    if hub_dir is None:
+        return {}
+    folders = [path.parent for path in hub_dir.glob("*/*/config.json")]
+    return {folder.relative_to(hub_dir).as_posix(): folder for folder in folders}
+
+
+def _in_cache() -> dict[str, Path]:
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        cache = scan_cache_dir()
+    except CacheNotFound:
+        return {}
+    newest = {
+        repo.repo_id: max(repo.revisions, key=lambda revision: revision.last_modified)
+        for repo in cache.repos
+        if repo.repo_type == "model" and repo.revisions
+    }
+    return {name: revision.snapshot_path for name, revision in newest.items()}
+
+
 def _is_hub_id(name: str) -> bool:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # by __all__
@@ -116,9 +164,7 @@ def _is_hub_id(name: str) -> bool:
     return name.count("/") == 1
 
 
-def _snapshot(
-    name: str, revision: str | None, files: list[str], *, cached_only: bool
-) -> Path | None:
+def _snapshot(name: str, revision: str | None, wanted: Wanted, *, cached_only: bool) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -130,7 +176,10 @@ def _snapshot(
     try:
         folder = Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=files, local_files_only=cached_only
+                name,
+                revision=revision,
+                allow_patterns=list(wanted.patterns),
+                local_files_only=cached_only,
             )
         )
     except LocalEntryNotFoundError as error:
@@ -153,15 +202,38 @@ def _snapshot(
             return None
         raise CheckpointError(f"'{name}' could not be fetched: {error}") from error
     # a snapshot that an interrupted download left without its files is as good as none
-    return None if cached_only and not _is_complete(folder, files) else folder
+    return None if cached_only and not wanted.is_complete(folder) else folder
 
 
-def _is_complete(folder: Path, files: list[str]) -> bool:
-    names = {name for name in files if "*" not in name}
-    if not names:  # a whole checkpoint
-        try:
-            weights = shard_names(folder) or ["model.safetensors"]
-        except CheckpointError:
-            return False
-        names = {"config.json", "tokenizer_config.json", *weights}
-    return all((folder / name).exists() for name in names)
+def _is_whole_checkpoint(folder: Path) -> bool:
+    if not (folder / "config.json").exists():
+        return False
+    if first_of(folder, PROJECTOR_FILES + ADAPTER_FILES):
+        return True
+    try:
+        names = shard_names(folder) or [WHOLE_FILE]
+    except CheckpointError:
+        return False
+    return all((folder / name).exists() for name in ("tokenizer_config.json", *names))
+
+
+def _is_described_tower(folder: Path) -> bool:
+    return all((folder / name).exists() for name in _TOWER_FACTS)
+
+
+def _is_whole_tower(folder: Path) -> bool:
+    return _is_described_tower(folder) and bool(first_of(folder, (WHOLE_FILE, WHOLE_PICKLE)))
+
+
+_TOWER_FACTS = ("config.json", "preprocessor_config.json")
+# never code; of pickles only those that the public Base and LoRA checkpoints consist of, and
+# CLIP's tower, which is read as warily (see `tensors`)
+CHECKPOINT = Wanted(
+    (
+        *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"),
+        *(PROJECTOR_FILES[1], ADAPTER_FILES[1], TRAINABLES_FILES[1]),
+    ),
+    _is_whole_checkpoint,
+)
+TOWER = Wanted(_TOWER_FACTS, _is_described_tower)
+TOWER_WITH_WEIGHTS = Wanted((*_TOWER_FACTS, WHOLE_FILE, WHOLE_PICKLE), _is_whole_tower)

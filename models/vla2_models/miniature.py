@@ -16,8 +16,9 @@ import torch
 from sentencepiece import SentencePieceTrainer
 from torch import Tensor
 
-from .checkpoint import build_empty, save_weights
 from .config import DEMO_KEY, read_config
+from .loading import build_empty
+from .saving import save_weights
 from .videollama2 import VideoLLaMA2
 
 MODEL_ID = "vla2/miniature-7B"
@@ -116,7 +117,7 @@ def write_miniature(
     _write_tokenizer(folder, vocab_size=config["vocab_size"])
     model = build_empty(read_config(folder, tower))
     _fill(model, torch.Generator().manual_seed(seed))
-    save_weights(model, folder / "model.safetensors")
+    save_weights(model, folder)
     return folder
 
 

@@ -10,32 +10,43 @@ Source: upstream VideoLLaMA2@c0bb03a, model/encoder.py and model/videollama2_arc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, MistralForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
-from .config import CheckpointConfig
-from .stc import STCConnector
+from .config import CheckpointConfig, LanguageConfig, TowerConfig
+from .connectors import build_connector
+
+LanguageModel = MistralForCausalLM | MixtralForCausalLM | Qwen2ForCausalLM
+Tower = CLIPVisionModel | SiglipVisionModel
 
 # ids that stand for media in `input_ids`; upstream constants.py, `MODAL_INDEX_MAP`
 PLACEHOLDER_IDS = {"<image>": -200, "<video>": -201, "<audio>": -202}
 
-# attribute of `VideoLLaMA2` -> how the public checkpoints begin its tensors' names
-PUBLIC_PREFIXES = {
-    "vision_tower.": "model.vision_tower.vision_tower.vision_model.",
-    "mm_projector.": "model.mm_projector.",
-    "language_model.": "",
+# config class -> the network that transformers has for it
+LANGUAGE_MODELS: Mapping[type[LanguageConfig], Callable[[Any], LanguageModel]] = {
+    MistralConfig: MistralForCausalLM,
+    MixtralConfig: MixtralForCausalLM,
+    Qwen2Config: Qwen2ForCausalLM,
 }
-
-
-def public_name(name: str) -> str:
-    """Turn a parameter's name in `VideoLLaMA2` into its name in the public checkpoints."""
-    for prefix, public_prefix in PUBLIC_PREFIXES.items():
-        if name.startswith(prefix):
-            return public_prefix + name.removeprefix(prefix)
-    raise ValueError(f"'{name}' belongs to no part of VideoLLaMA2")
+TOWERS: Mapping[type[TowerConfig], Callable[[Any], Tower]] = {
+    CLIPVisionConfig: CLIPVisionModel,
+    SiglipVisionConfig: SiglipVisionModel,
+}
 
 
 class VideoLLaMA2(nn.Module):
@@ -48,21 +59,21 @@ class VideoLLaMA2(nn.Module):
     def __init__(self, config: CheckpointConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision_tower = CLIPVisionModel(config.vision)
-        self.mm_projector = STCConnector(config.mm_hidden_size, config.language.hidden_size)
-        self.language_model = MistralForCausalLM(config.language)
+        self.vision_tower = TOWERS[type(config.vision)](config.vision)
+        self.mm_projector = build_connector(
+            config.connector, config.mm_hidden_size, config.language.hidden_size
+        )
+        self.language_model = LANGUAGE_MODELS[type(config.language)](config.language)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        device: torch.device = self.language_model.lm_head.weight.device
-        return device
+        """Where inputs belong; the language model may be spread over more devices than this one."""
+        return next(self.mm_projector.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are held in."""
-        dtype: torch.dtype = self.language_model.lm_head.weight.dtype
-        return dtype
+        """What tower and connector are held in; a quantised language model computes in it."""
+        return next(self.mm_projector.parameters()).dtype
 
     def encode_frames(self, pixel_values: Tensor) -> Tensor:
         """Run the tower up to the selected layer.
@@ -71,14 +82,17 @@ class VideoLLaMA2(nn.Module):
             pixel_values: (F, 3, S, S) normalised frames.
 
         Returns:
-            (F, N, C) patch features, without the class token.
+            (F, N, C) patch features, without CLIP's class token.
         """
         tower = self.vision_tower
-        hidden_states = tower.pre_layrnorm(tower.embeddings(pixel_values))
+        hidden_states = tower.embeddings(pixel_values)
+        if isinstance(tower, CLIPVisionModel):
+            hidden_states = tower.pre_layrnorm(hidden_states)
         # hidden_states[k] is what enters block k, so blocks from k on never matter
         for block in tower.encoder.layers[: self.config.num_tower_blocks]:
             hidden_states = block(hidden_states, attention_mask=None)
-        features: Tensor = hidden_states[:, 1:]
+        has_class_token = isinstance(tower, CLIPVisionModel)
+        features: Tensor = hidden_states[:, 1:] if has_class_token else hidden_states
         return features
 
     def repeat_image(self, features: Tensor) -> Tensor:

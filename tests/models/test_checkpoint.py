@@ -1,226 +1,366 @@
-"""Damaged folders: each is refused in one line that names the key, what it is and should be."""
+"""The three forms of a checkpoint: whole, projector on a language model, adapter on one."""
 
 import json
-import re
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from tests.tiny import (
-    change_json,
-    load_tiny,
-    open_tiny,
-    read_tensors,
-    write_json,
-    write_shards,
-    write_tensors,
-    write_tiny,
-)
-from vla2_models.checkpoint import check_weights, save_weights
+from tests.goldens import golden, golden_source
+from tests.tiny import change_json, open_tiny, tower_of, write_tensors, write_tiny
+from vla2_models.checkpoint import open_checkpoint
 from vla2_models.errors import CheckpointError
+from vla2_models.fingerprint import hash_weights
+from vla2_models.hub import Source
+from vla2_models.loading import check_weights, load_model
+from vla2_models.names import CONNECTOR_PREFIX, TOWER_PREFIX
 
-LM_HEAD = "lm_head.weight"
-TOWER_KEY = "model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
-FIRST_BLOCK = "model.mm_projector.s1.b1.conv1.conv.weight"
-READOUT = "model.mm_projector.readout.0.weight"
+WHOLE, BASE, LORA = (f"mistral_clip_stc_8f{form}" for form in ("", "_Base", "_lora"))
+TOWER = "openai/clip-vit-tiny-patch14-56"
+LANGUAGE = "mistralai/Mistral-tiny-open"
+
+
+def open_golden(case):
+    return open_checkpoint(str(golden(f"checkpoints/{case}/config.json").parent), golden_source())
+
+
+def names_of(checkpoint):
+    return [f"{path.parent.name}/{path.name}" for path in checkpoint.weight_files()]
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return write_tiny(tmp_path)
+def own(tmp_path):
+    """Copy a golden checkpoint and all it builds on, to be changed: `own(case)` -> its folder."""
+
+    def copy(case):
+        source = golden(f"checkpoints/{case}/config.json").parent
+        for name in (TOWER, LANGUAGE):
+            shutil.copytree(
+                golden(f"towers/{name}/model.safetensors").parent, tmp_path / "hub" / name
+            )
+        folder = tmp_path / "checkpoints" / "renamed"
+        shutil.copytree(source, folder, copy_function=shutil.copyfile)
+        folder.chmod(0o755)
+        return folder
+
+    return copy
+
+
+def open_own(folder, **kwargs):
+    return open_checkpoint(str(folder), Source(folder.parents[1] / "hub", offline=True), **kwargs)
 
 
 def refusal(folder):
-    """Load a folder that must be refused; return the line, which both ways of checking agree on."""
-    with pytest.raises(CheckpointError) as loaded:
-        load_tiny(folder)
-    with pytest.raises(CheckpointError) as checked:
-        check_weights(open_tiny(folder))
-    line = str(loaded.value)
-    assert line == str(checked.value)
+    with pytest.raises(CheckpointError) as caught:
+        load_model(open_own(folder))
+    line = str(caught.value)
     assert "\n" not in line
-    assert str(folder) in line
     return line
 
 
-def test_whole_checkpoint_loads_and_counts_its_parameters(folder):
-    model = load_tiny(folder)
-    tensors = read_tensors(folder)
-    assert check_weights(open_tiny(folder)) == sum(t.numel() for t in tensors.values())
-    assert not model.training
-    assert not any(p.requires_grad for p in model.parameters())
-    assert torch.equal(model.language_model.lm_head.weight, tensors[LM_HEAD])
-    assert torch.equal(model.mm_projector.readout[0].weight, tensors[READOUT])
-    assert torch.equal(model.vision_tower.encoder.layers[0].mlp.fc1.weight, tensors[TOWER_KEY])
+def test_whole_checkpoint_is_its_own_files_alone():
+    checkpoint = open_golden(WHOLE)
+    assert checkpoint.form == "whole"
+    assert names_of(checkpoint) == [f"{WHOLE}/model.safetensors"]
+    assert checkpoint.text_folder == checkpoint.folder
 
 
-@pytest.mark.parametrize("key", [LM_HEAD, TOWER_KEY, READOUT])
-def test_missing_tensor_is_named(folder, key):
-    tensors = read_tensors(folder)
-    shape = list(tensors.pop(key).shape)
+def test_projector_builds_on_language_model_and_tower():
+    checkpoint = open_golden(BASE)
+    assert checkpoint.form == "projector"
+    assert names_of(checkpoint) == [
+        f"{BASE}/mm_projector.bin",
+        "Mistral-tiny-open/model.safetensors",
+        "clip-vit-tiny-patch14-56/model.safetensors",
+    ]
+    assert checkpoint.text_folder.name == "Mistral-tiny-open"
+
+
+def test_adapter_builds_on_language_model_and_tower():
+    checkpoint = open_golden(LORA)
+    assert checkpoint.form == "adapter"
+    assert names_of(checkpoint) == [
+        f"{LORA}/adapter_model.bin",
+        f"{LORA}/adapter_config.json",
+        f"{LORA}/non_lora_trainables.bin",
+        "Mistral-tiny-open/model.safetensors",
+        "clip-vit-tiny-patch14-56/model.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("case", [BASE, LORA])
+def test_form_is_told_by_the_files_and_not_by_the_folders_name(own, case):
+    # the reference takes a folder with "lora" in its name for one, and no other
+    folder = own(case)
+    assert folder.name == "renamed"
+    assert open_own(folder).form == open_golden(case).form
+    whole = own_whole_called(folder, "my-lora-Base")
+    assert open_own(whole).form == "whole"
+
+
+def own_whole_called(folder, name):
+    source = golden(f"checkpoints/{WHOLE}/config.json").parent
+    shutil.copytree(source, folder.parent / name)
+    return folder.parent / name
+
+
+@pytest.mark.parametrize(("is_tuned", "form"), [(True, "projector"), (False, "whole")])
+def test_config_decides_where_a_folder_holds_both(own, is_tuned, form):
+    folder = own(WHOLE)
+    change_json(folder / "config.json", tune_mm_mlp_adapter=is_tuned, _name_or_path=LANGUAGE)
+    projector = golden(f"checkpoints/{BASE}/mm_projector.bin")
+    shutil.copyfile(projector, folder / "mm_projector.bin")
+    assert open_own(folder).form == form
+
+
+@pytest.mark.parametrize("case", [BASE, LORA])
+def test_small_forms_take_tower_and_language_model_as_they_are(case):
+    checkpoint = open_golden(case)
+    model = load_model(checkpoint, dtype=None)
+    tower = load_file(golden(f"towers/{TOWER}/model.safetensors"))
+    for name, tensor in model.vision_tower.state_dict().items():
+        assert torch.equal(tensor, tower[f"vision_model.{name}"])
+    language = load_file(golden(f"towers/{LANGUAGE}/model.safetensors"))
+    adapted = 0
+    for name, tensor in model.language_model.state_dict().items():
+        adapted += not torch.equal(tensor, language[name])
+    # seven linear layers in each of three decoder layers
+    assert adapted == (21 if case == LORA else 0)
+
+
+def test_projector_as_safetensors_equals_the_pickle(own):
+    folder = own(BASE)
+    first = load_model(open_own(folder)).state_dict()
+    tensors = torch.load(folder / "mm_projector.bin", weights_only=True)
+    save_file(tensors, folder / "mm_projector.safetensors")
+    (folder / "mm_projector.bin").unlink()
+    second = load_model(open_own(folder)).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_adapter_on_a_whole_checkpoint_keeps_its_own_projector(own):
+    # trained on from a VideoLLaMA 2, whose tower needs no other folder then
+    folder = own(LORA)
+    base = own_whole_called(folder, "base")
+    change_json(folder / "config.json", _name_or_path=str(base))
+    own_tensors = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
+    bias = "mm_projector.readout.2.bias"
+    own_tensors[f"base_model.model.model.{bias}"] += 1
+    torch.save(own_tensors, folder / "non_lora_trainables.bin")
+    checkpoint = open_own(folder)
+    assert [len(layer.files) for layer in checkpoint.layers] == [1, 1]
+    state = load_model(checkpoint, dtype=None).state_dict()
+    assert torch.equal(state[bias], own_tensors[f"base_model.model.model.{bias}"])
+    of_base = load_file(base / "model.safetensors")
+    embedding = "embeddings.class_embedding"
+    assert torch.equal(state[f"vision_tower.{embedding}"], of_base[TOWER_PREFIX + embedding])
+
+
+def test_adapters_base_is_read_from_its_own_config_where_the_other_names_none(own):
+    folder = own(LORA)
+    change_json(folder / "config.json", _name_or_path=None)
+    assert open_own(folder).text_folder.name == "Mistral-tiny-open"
+
+
+def test_whole_checkpoint_without_its_tower_takes_the_named_one(own):
+    folder = own(WHOLE)
+    tensors = load_file(folder / "model.safetensors")
+    write_tensors(folder, {k: t for k, t in tensors.items() if not k.startswith(TOWER_PREFIX)})
+    checkpoint = open_own(folder)
+    assert names_of(checkpoint)[1:] == ["clip-vit-tiny-patch14-56/model.safetensors"]
+    assert check_weights(checkpoint) == check_weights(open_golden(WHOLE))
+
+
+def test_tower_that_is_held_in_part_is_incomplete(own):
+    folder = own(WHOLE)
+    tensors = load_file(folder / "model.safetensors")
+    key = f"{TOWER_PREFIX}post_layernorm.bias"
+    del tensors[key]
     write_tensors(folder, tensors)
-    assert f"tensor {key} missing, found none, wanted {shape}" in refusal(folder)
+    assert f"tensor {key} missing" in refusal(folder)
 
 
-def test_several_missing_tensors_are_counted(folder):
-    tensors = {k: v for k, v in read_tensors(folder).items() if ".mm_projector." not in k}
-    write_tensors(folder, tensors)
-    assert re.search(
-        r"tensor model\.mm_projector\.\S+ and 112 more tensors missing", refusal(folder)
-    )
+def test_towers_folder_may_hold_a_whole_clip_model(own):
+    # text tower and projections beside it, as the public one does
+    folder = own(BASE)
+    tower = folder.parents[1] / "hub" / TOWER
+    tensors = load_file(tower / "model.safetensors")
+    write_tensors(tower, tensors | {"logit_scale": torch.ones(()), "text_model.x": torch.ones(2)})
+    assert check_weights(open_own(folder)) == check_weights(open_golden(WHOLE))
 
 
-def test_foreign_tensor_is_named(folder):
-    write_tensors(folder, read_tensors(folder) | {"model.audio_tower.weight": torch.zeros(3, 5)})
+def test_towers_folder_may_be_a_pickle(own):
+    folder = own(BASE)
+    tower = folder.parents[1] / "hub" / TOWER
+    tensors = load_file(tower / "model.safetensors")
+    torch.save(tensors, tower / "pytorch_model.bin")
+    first = load_model(open_own(folder)).state_dict()
+    (tower / "model.safetensors").unlink()
+    second = load_model(open_own(folder)).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_tower_without_weights_is_named(own):
+    folder = own(BASE)
+    (folder.parents[1] / "hub" / TOWER / "model.safetensors").unlink()
     line = refusal(folder)
-    assert "tensor model.audio_tower.weight [3, 5]" in line
-    assert "found [3, 5], wanted none" in line
+    assert "clip-vit-tiny-patch14-56' has no model.safetensors" in line
+
+
+def test_base_that_is_nowhere_is_named_with_the_way_out(own):
+    folder = own(BASE)
+    change_json(folder / "config.json", _name_or_path="/mnt/train/Mistral-7B")
+    line = refusal(folder)
+    assert f"'{folder}' builds on the language model '/mnt/train/Mistral-7B'" in line
+    assert line.endswith("or set _name_or_path in its config.json to that model's folder")
+
+
+def test_base_that_nobody_names_is_missed(own):
+    folder = own(BASE)
+    change_json(folder / "config.json", _name_or_path=None)
+    assert f"'{folder}/config.json' has no _name_or_path" in refusal(folder)
+
+
+def test_base_of_another_family_is_refused(own):
+    folder = own(BASE)
+    base = folder.parents[1] / "hub" / LANGUAGE
+    change_json(base / "config.json", model_type="qwen2")
+    line = refusal(folder)
+    assert f"builds on '{base}' of type 'qwen2'; the two do not belong together" in line
+
+
+def test_base_of_another_size_is_refused(own):
+    folder = own(BASE)
+    base = folder.parents[1] / "hub" / LANGUAGE
+    tensors = load_file(base / "model.safetensors")
+    write_tensors(base, tensors | {"lm_head.weight": torch.zeros(7, 128)})
+    line = refusal(folder)
+    assert f"'{base}': tensor lm_head.weight is [7, 128]" in line
+    assert "needs [700, 128]" in line
+
+
+@pytest.mark.parametrize("case", [BASE, LORA])
+def test_foreign_tensor_in_a_small_form_is_refused(own, case):
+    folder = own(case)
+    name = "mm_projector.bin" if case == BASE else "non_lora_trainables.bin"
+    tensors = torch.load(folder / name, weights_only=True)
+    torch.save(tensors | {"model.mm_projector.s3.weight": torch.zeros(3)}, folder / name)
+    assert f"tensor model.mm_projector.s3.weight [3] in '{name}' has no place" in refusal(folder)
+
+
+def test_adapter_without_projector_says_what_is_missing(own):
+    folder = own(LORA)
+    (folder / "non_lora_trainables.bin").unlink()
+    line = refusal(folder)
+    assert f"tensor {CONNECTOR_PREFIX}s1.b1.conv1.conv.weight and 112 more" in line
 
 
 @pytest.mark.parametrize(
-    ("key", "part"),
+    ("change", "said"),
     [
-        (LM_HEAD, "language model"),
-        (TOWER_KEY, "tower"),
-        (FIRST_BLOCK, "tower"),
-        (READOUT, "connector"),
+        (lambda t: t.pop(next(iter(t))), "missing, found none"),
+        (lambda t: t.update(foreign=torch.zeros(2)), "tensor foreign [2] has no place"),
+        (lambda t: t.update({next(iter(t)): torch.zeros(9, 9)}), "is [9, 9]"),
+        (lambda t: t[next(iter(t))].fill_(float("nan")), "holds NaN"),
+    ],
+    ids=["missing", "foreign", "shape", "nan"],
+)
+def test_damaged_adapter_is_refused(own, change, said):
+    folder = own(LORA)
+    tensors = torch.load(folder / "adapter_model.bin", weights_only=True)
+    change(tensors)
+    torch.save(tensors, folder / "adapter_model.bin")
+    line = refusal(folder)
+    assert said in line
+    assert "adapter_model.bin" in line or str(folder) in line
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "config.json"])
+def test_adapter_without_a_config_is_refused(own, name):
+    folder = own(LORA)
+    (folder / name).unlink()
+    assert f"'{folder}' has no {name}" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_config.json"])
+def test_hash_of_the_model_notices_another_adapter(own, tmp_path, name):
+    folder = own(LORA)
+    cache = tmp_path / "cache.json"
+    before = hash_weights(open_own(folder).weight_files(), cache)
+    if name == "adapter_config.json":
+        change_json(folder / name, lora_alpha=16)
+    else:
+        tensors = torch.load(folder / name, weights_only=True)
+        next(iter(tensors.values())).add_(1)
+        torch.save(tensors, folder / name)
+    assert hash_weights(open_own(folder).weight_files(), cache) != before
+
+
+def to_pickles(folder, num_files):
+    """Hold a tiny checkpoint's weights as older public ones do."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if num_files == 1:
+        torch.save(tensors, folder / "pytorch_model.bin")
+        return
+    keys, weight_map = sorted(tensors), {}
+    for i in range(num_files):
+        name = f"pytorch_model-{i + 1:05}-of-{num_files:05}.bin"
+        torch.save({key: tensors[key] for key in keys[i::num_files]}, folder / name)
+        weight_map |= dict.fromkeys(keys[i::num_files], name)
+    index = {"weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_whole_model_of_pickles_is_read_only_when_allowed(tmp_path, num_files):
+    folder = write_tiny(tmp_path)
+    first = load_model(open_tiny(folder)).state_dict()
+    to_pickles(folder, num_files)
+    with pytest.raises(CheckpointError, match="write them anew: vla2 models convert"):
+        open_tiny(folder)
+    checkpoint = open_checkpoint(str(folder), Source(tmp_path), allow_pickles=True)
+    second = load_model(checkpoint).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_shards_without_their_index_are_found(tmp_path):
+    folder = write_tiny(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    keys = sorted(tensors)
+    for i in (0, 1):
+        name = f"model-{i + 1:05}-of-00002.safetensors"
+        write_tensors(folder, {key: tensors[key] for key in keys[i::2]}, name)
+    assert check_weights(open_tiny(folder)) == sum(t.numel() for t in tensors.values())
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="more tensors missing"):
+        check_weights(open_tiny(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("VideoLLaMA2-7B", "DAMO-NLP-SG/VideoLLaMA2-7B"),
+        ("DAMO-NLP-SG/VideoLLaMA2-7b-16f", "DAMO-NLP-SG/VideoLLaMA2-7B-16F"),
+        ("vla2/minature-7B", "vla2/miniature-7B"),
     ],
 )
-def test_tensor_of_another_shape_is_named_with_both(folder, key, part):
-    tensors = read_tensors(folder)
-    wanted = list(tensors[key].shape)
-    tensors[key] = torch.zeros(7, 1)
-    write_tensors(folder, tensors)
-    assert f"tensor {key} is [7, 1], this config's {part} needs {wanted}" in refusal(folder)
+def test_wrong_id_suggests_the_nearest(tmp_path, name, near):
+    write_tiny(tmp_path)
+    with pytest.raises(CheckpointError, match=f"did you mean '{near}'\\?$"):
+        open_checkpoint(name, Source(tmp_path, offline=True))
 
 
-def test_transposed_tensor_is_not_taken(folder):
-    tensors = read_tensors(folder)
-    key = "model.layers.0.mlp.up_proj.weight"
-    tensors[key] = tensors[key].T.contiguous()
-    write_tensors(folder, tensors)
-    assert f"tensor {key} is [32, 128]" in refusal(folder)
+def test_id_that_is_like_no_other_gets_no_suggestion(tmp_path):
+    with pytest.raises(CheckpointError, match=r"is not fetched offline$"):
+        open_checkpoint("someone/bert", Source(tmp_path, offline=True))
 
 
-def test_tensor_held_twice_names_both_files(folder):
-    tensors = read_tensors(folder)
-    write_shards(folder, {"a.safetensors": tensors, "b.safetensors": {LM_HEAD: tensors[LM_HEAD]}})
-    line = refusal_of_files(folder, {"x": "a.safetensors", "y": "b.safetensors"})
-    assert f"tensor {LM_HEAD} is held twice, by 'a.safetensors' and 'b.safetensors'" in line
-
-
-def refusal_of_files(folder, weight_map):
-    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
-    return refusal(folder)
-
-
-@pytest.mark.parametrize("kept", [0, 4, 100, -1], ids=["empty", "no_header", "half_header", "tail"])
-def test_truncated_file_is_refused(folder, kept):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:kept])
-    assert f"'{path}' is not a whole safetensors file" in refusal(folder)
-
-
-def test_text_instead_of_weights_is_refused(folder):
-    # what git leaves where the large files were not fetched
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    assert "is not a whole safetensors file" in refusal(folder)
-
-
-def test_absent_shard_is_named(folder):
-    tensors = read_tensors(folder)
-    write_shards(folder, {"a.safetensors": tensors, "b.safetensors": {"x": torch.zeros(1)}})
-    (folder / "b.safetensors").unlink()
-    assert "lacks 'b.safetensors', which its index names" in refusal(folder)
-
-
-@pytest.mark.parametrize("name", ["../x.safetensors", "/tmp/x.safetensors", "sub/x.safetensors"])
-def test_index_that_leaves_its_folder_is_refused(folder, name):
-    line = refusal_of_files(folder, {LM_HEAD: name})
-    assert f"names '{name}', which is outside its folder" in line
-
-
-@pytest.mark.parametrize("content", [{}, {"weight_map": {}}, {"weight_map": []}], ids=str)
-def test_index_without_weight_map_is_refused(folder, content):
-    write_json(folder / "model.safetensors.index.json", content)
-    assert "has no weight_map" in refusal(folder)
-
-
-def test_pickles_are_named_and_not_read(folder):
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model-00001-of-00002.bin").write_bytes(b"not even a pickle")
-    line = refusal(folder)
-    assert "only pickles such as 'pytorch_model-00001-of-00002.bin', which are not read" in line
-
-
-def test_folder_without_weights_is_refused(folder):
-    (folder / "model.safetensors").unlink()
-    assert refusal(folder).endswith("holds no safetensors weights")
-
-
-def test_weights_of_other_config_are_refused_before_any_is_read(folder):
-    change_json(folder / "config.json", num_hidden_layers=2)
-    assert "tensor model.layers.1." in refusal(folder)
-
-
-def test_sharded_checkpoint_equals_single_file(folder):
-    single = load_tiny(folder).state_dict()
-    tensors = read_tensors(folder)
-    keys = sorted(tensors)
-    shards = {
-        f"model-0000{i + 1}-of-00003.safetensors": {k: tensors[k] for k in keys[i::3]}
-        for i in range(3)
-    }
-    write_shards(folder, shards)
-    checkpoint = open_tiny(folder)
-    assert [path.name for path in checkpoint.weight_files()] == list(shards)
-    assert checkpoint.size_bytes == sum((folder / name).stat().st_size for name in shards)
-    sharded = load_tiny(folder).state_dict()
-    assert sharded.keys() == single.keys()
-    assert all(torch.equal(sharded[key], single[key]) for key in single)
-
-
-def test_bfloat16_on_disk_loads_as_float32(folder):
-    stored = {key: t.to(torch.bfloat16) for key, t in read_tensors(folder).items()}
-    write_tensors(folder, stored)
-    model = load_tiny(folder, torch.float32)
-    assert model.dtype == torch.float32
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert torch.equal(model.language_model.lm_head.weight, stored[LM_HEAD].float())
-
-
-def test_rotary_table_stays_float32_in_bfloat16(folder):
-    # rounded to bfloat16 it would move every position
-    model = load_tiny(folder, torch.bfloat16)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert model.language_model.model.rotary_emb.inv_freq.dtype == torch.float32
-    assert model.language_model.model.rotary_emb.inv_freq.device.type == "cpu"
-
-
-def test_buffers_of_older_releases_are_ignored(folder):
-    extra = {
-        "model.vision_tower.vision_tower.vision_model.embeddings.position_ids": torch.arange(17),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
-    }
-    plain = load_tiny(folder).state_dict()
-    write_tensors(folder, read_tensors(folder) | extra)
-    loaded = load_tiny(folder)
-    assert all(torch.equal(loaded.state_dict()[key], plain[key]) for key in plain)
-    assert loaded.vision_tower.embeddings.position_ids.tolist() == [list(range(17))]
-
-
-def test_saved_weights_load_back_to_the_same_bytes(folder, tmp_path):
-    save_weights(load_tiny(folder), tmp_path / "again.safetensors")
-    first = (folder / "model.safetensors").read_bytes()
-    assert (tmp_path / "again.safetensors").read_bytes() == first
-
-
-def test_model_of_another_kind_is_refused(folder):
-    change_json(folder / "config.json", model_type="llava")
-    with pytest.raises(CheckpointError, match=r"of type 'llava', expected a VideoLLaMA 2"):
-        open_tiny(folder)
-
-
-def test_miniature_says_that_it_is_a_demonstration(folder):
-    assert open_tiny(folder).config.is_demo
-    assert json.loads((folder / "config.json").read_text())["vla2_demo_model"] is True
+def test_tower_is_found_where_the_checkpoint_is(tmp_path):
+    folder = write_tiny(tmp_path)
+    assert open_tiny(folder).config.mm_hidden_size == 48
+    shutil.rmtree(tower_of(folder))
+    with pytest.raises(CheckpointError, match="clip-vit-miniature"):
+        open_checkpoint(str(folder), Source(tmp_path, offline=True))

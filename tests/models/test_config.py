@@ -1,10 +1,11 @@
 import pytest
+from transformers import CLIPVisionConfig, MixtralConfig, Qwen2Config, SiglipVisionConfig
 
 from tests.tiny import change_json, tower_of, write_json, write_tiny
 from vla2_models.config import read_config
+from vla2_models.connectors import PROJECTOR_TYPES
 from vla2_models.errors import CheckpointError
 from vla2_models.files import read_json
-from vla2_models.stc import count_tokens
 
 
 @pytest.fixture
@@ -32,24 +33,93 @@ def test_both_names_of_the_mistral_type_are_read(folder, model_type):
     assert config.language.hidden_size == 32
     assert config.language.rope_parameters["rope_theta"] == 1e6
     assert (config.mm_hidden_size, config.num_patches) == (48, 16)
-    assert count_tokens(config.num_frames, config.num_patches) == 45
+    assert config.visual_tokens == 45
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "shown"),
+    ("field", "value", "said"),
     [
-        ("model_type", "videollama2_qwen2", '"videollama2_qwen2"'),
-        ("model_type", "videollama2_mixtral", '"videollama2_mixtral"'),
-        ("mm_projector_type", "stc_connector_v35", '"stc_connector_v35"'),
-        ("mm_projector_type", None, '"linear"'),
-        ("mm_vision_tower", "google/siglip-so400m", '"google/siglip-so400m"'),
-        ("mm_vision_select_feature", "cls_patch", '"cls_patch"'),
-        ("tune_mm_mlp_adapter", True, "true"),
+        ("model_type", "videollama2_phi3", 'model_type "videollama2_phi3" is not supported'),
+        ("model_type", ["videollama2"], 'model_type ["videollama2"] is not supported'),
+        ("mm_vision_select_feature", "cls_patch", '"cls_patch" is not supported, expected "patch"'),
+        ("mm_projector_type", "stc_v35", 'mm_projector_type "stc_v35" is unknown, expected one of'),
+        ("mm_projector_type", "mlp3x_gelu", '"mlp3x_gelu" is unknown'),
+        ("mm_projector_type", "identity", '"identity" is unknown'),
+        ("mm_projector_type", ["linear"], '["linear"] is unknown'),
+        ("mm_projector_padding", 2, "mm_projector_padding is 2, expected 0 or 1"),
+        ("mm_projector_padding", True, "mm_projector_padding is True, expected 0 or 1"),
     ],
 )
-def test_what_this_version_does_not_run_is_refused(folder, field, value, shown):
+def test_what_cannot_be_run_is_refused_with_what_can(folder, field, value, said):
     change_json(folder / "config.json", **{field: value})
-    assert f"{field} {shown} is not supported by this version" in refusal(folder)
+    line = refusal(folder)
+    assert said in line
+    assert f"'{folder}/config.json'" in line
+
+
+def test_missing_projector_type_is_linear(folder):
+    # the reference's own default
+    change_json(folder / "config.json", mm_projector_type=None)
+    assert read(folder).visual_tokens == 16
+
+
+@pytest.mark.parametrize("name", PROJECTOR_TYPES)
+def test_every_public_projector_is_read(folder, name):
+    change_json(folder / "config.json", mm_projector_type=name)
+    config = read(folder)
+    assert config.connector == PROJECTOR_TYPES[name]
+    assert config.visual_tokens == PROJECTOR_TYPES[name].count_tokens(8, 16)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "language"),
+    [("videollama2_mixtral", MixtralConfig), ("videollama2_qwen2", Qwen2Config)],
+)
+def test_language_model_is_that_of_the_model_type(folder, model_type, language):
+    change_json(folder / "config.json", model_type=model_type, mm_projector_type="stc_connector")
+    config = read(folder)
+    assert type(config.language) is language
+    assert config.language.hidden_size == 32
+
+
+def to_siglip(folder):
+    tower = read_json(tower_of(folder) / "config.json")
+    write_json(
+        tower_of(folder) / "config.json",
+        {"model_type": "siglip", "vision_config": tower | {"model_type": "siglip_vision_model"}},
+    )
+
+
+def test_towers_class_is_that_of_its_own_config_not_of_its_name(folder):
+    assert type(read(folder).vision) is CLIPVisionConfig
+    to_siglip(folder)
+    change_json(folder / "config.json", mm_projector_type="stc_connector_v35")
+    config = read(folder)
+    assert "clip" in config.mm_vision_tower
+    assert type(config.vision) is SiglipVisionConfig
+
+
+@pytest.mark.parametrize("model_type", [None, "dinov2", ["clip"]], ids=str)
+def test_tower_of_an_unknown_kind_is_refused(folder, model_type):
+    change_json(tower_of(folder) / "config.json", model_type=model_type)
+    line = refusal(folder)
+    assert f"'{tower_of(folder)}' holds a model of type" in line
+    assert line.endswith("expected a vision tower: CLIP or SigLIP")
+
+
+def test_siglip_with_the_older_connectors_name_is_doubted(folder):
+    # tensors of the same shapes: nothing else would notice
+    to_siglip(folder)
+    line = refusal(folder)
+    assert 'mm_projector_type "stc_connector" beside a SigLIP tower' in line
+    assert '"stc_connector_v35"' in line
+
+
+@pytest.mark.parametrize(("padding", "tokens"), [(0, 4 * 2 * 2), (1, 5 * 3 * 3)])
+def test_padding_that_is_written_out_is_believed(folder, padding, tokens):
+    to_siglip(folder)
+    change_json(folder / "config.json", mm_projector_padding=padding)
+    assert read(folder).visual_tokens == tokens
 
 
 def test_missing_tower_is_refused(folder):

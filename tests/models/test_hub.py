@@ -6,7 +6,7 @@ from huggingface_hub import constants
 from tests.tiny import write_json, write_tiny
 from vla2_models.checkpoint import open_checkpoint
 from vla2_models.errors import CheckpointError
-from vla2_models.hub import TOWER_FILES, Source, locate, shard_names
+from vla2_models.hub import TOWER, Source, locate, shard_names
 from vla2_models.miniature import MODEL_ID, TOWER_ID
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -130,9 +130,9 @@ def test_snapshot_without_its_single_weight_file_is_as_good_as_none(hub_cache, h
 
 def test_tower_whose_preprocessor_was_not_fetched_is_as_good_as_none(hub_cache, hub_dir):
     snapshot = fill_cache(hub_cache, hub_dir, TOWER_ID)
-    assert locate(TOWER_ID, Source(offline=True), files=TOWER_FILES).folder == snapshot
+    assert locate(TOWER_ID, Source(offline=True), wanted=TOWER).folder == snapshot
     (snapshot / "preprocessor_config.json").unlink()
-    assert "fetched offline" in refusal(TOWER_ID, Source(offline=True), files=TOWER_FILES)
+    assert "fetched offline" in refusal(TOWER_ID, Source(offline=True), wanted=TOWER)
 
 
 def test_offline_message_names_where_it_looked(hub_dir):

@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 
 from tests.goldens import (
+    RUNS,
     assert_stages_match,
     features_of,
     golden,
@@ -30,8 +31,6 @@ from vla2cli.errors import ModelError, UsageError
 from vla2cli.prompt import Turn
 
 CASE = "mistral_clip_stc_8f"
-RUNS = [(CASE, run) for run in ("cap", "qa", "img", "txt", "mt", "range")]
-RUNS += [("mistral_clip_stc_16f_336", "cap")]
 # seven lengths
 QUESTIONS = (
     "a",

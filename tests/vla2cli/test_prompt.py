@@ -12,10 +12,12 @@ RUNS = [("mistral_clip_stc_8f", run) for run in ("cap", "qa", "img", "txt", "mt"
 RUNS += [("mistral_clip_stc_16f_336", "cap")]
 # no part of the repository: its tokenizer is, its prompts are not
 RUNS += [("mixtral_clip_stc_8f", run) for run in ("cap", "qa", "img")]
+RUNS += [("qwen2_siglip_stcv35_16f", run) for run in ("cap", "qa", "img", "txt")]
+RUNS += [("qwen2_siglip_stcv35_16f_384", "cap")]
 
 
 def tokenizer_of(case):
-    return load_tokenizer(golden(f"checkpoints/{case}/tokenizer.model").parent)
+    return load_tokenizer(golden(f"checkpoints/{case}/tokenizer_config.json").parent)
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def questions_of(instruct):
 def test_prompt_and_ids_match_reference(case, run):
     about = runs_of(case)[run]
     question, history = questions_of(about["instruct"])
-    model_type = "videollama2_mixtral" if case.startswith("mixtral") else MISTRAL
+    model_type = "videollama2_" + case.partition("_")[0]
     prompt = build_prompt(
         tokenizer_of(case), model_type, question, modality=about["modal"], history=history
     )

@@ -1,0 +1,151 @@
+"""`VideoLLaMA2` -> a checkpoint's folder as the public ones are, whole and by itself.
+
+Source of the layout: what `save_pretrained` of transformers 4.40.0 writes. transformers 5 is not
+asked to write it, because it would leave out `rope_theta` and `torch_dtype`, without which the
+public code computes with its defaults, and would rename tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .checkpoint import Checkpoint
+from .errors import CheckpointError
+from .files import read_json
+from .hub import WHOLE_FILE
+from .names import find_places
+from .videollama2 import VideoLLaMA2
+
+MAX_SHARD_BYTES = 5 * 10**9
+TEXT_FILES = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+def save_checkpoint(
+    model: VideoLLaMA2,
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a loaded checkpoint, with its tower, tokenizer and settings, to a new folder.
+
+    Args:
+        model: from `load_model`.
+        checkpoint: what it was loaded from.
+        folder: must not exist, or be empty; it appears when all is written.
+        max_shard_bytes: weight files are no larger, unless one tensor is.
+
+    Raises:
+        CheckpointError: the folder is not empty, or cannot be written.
+    """
+    check_folder(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
+            whole = Path(aside, "whole")
+            whole.mkdir()
+            _write_json(whole / "config.json", public_config(checkpoint, model))
+            for name in TEXT_FILES:
+                if (checkpoint.text_folder / name).exists():
+                    shutil.copyfile(checkpoint.text_folder / name, whole / name)
+            save_weights(model, whole, max_shard_bytes=max_shard_bytes)
+            whole.replace(folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"'{folder}' cannot be written: {error}") from error
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that already holds something.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"'{folder}' exists already; give a new folder, or empty it first")
+
+
+def public_config(checkpoint: Checkpoint, model: VideoLLaMA2) -> dict[str, Any]:
+    """Return the checkpoint's config.json as it reads for a whole model."""
+    raw = read_json(checkpoint.folder / "config.json")
+    # weights that were loaded are no longer quantised
+    for key in ("quantization_config", "dtype", "rope_parameters"):
+        raw.pop(key, None)
+    rope = checkpoint.config.language.rope_parameters
+    assert rope is not None
+    dtype: torch.dtype = model.language_model.lm_head.weight.dtype
+    return {
+        **raw,
+        "rope_theta": rope["rope_theta"],
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "tune_mm_mlp_adapter": False,
+    }
+
+
+def save_weights(
+    model: VideoLLaMA2, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write the weights under the names of the public checkpoints, with an index if sharded."""
+    state = model.state_dict()
+    tensors = {name: place.of(state) for name, place in find_places(state).items()}
+    shards = list(_shards(tensors, max_shard_bytes))
+    if len(shards) == 1:
+        _save(tensors, folder / WHOLE_FILE)
+        return
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards, start=1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        weight_map |= dict.fromkeys(names, file)
+        _save({name: tensors[name] for name in names}, folder / file)
+    index = {
+        "metadata": {"total_size": sum(map(_size, tensors.values()))},
+        "weight_map": weight_map,
+    }
+    _write_json(folder / f"{WHOLE_FILE}.index.json", index)
+
+
+def _shards(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if names and size + _size(tensor) > max_shard_bytes:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += _size(tensor)
+    yield names
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode  # what the umask gives; safetensors would leave it to us alone
+    save_file(contiguous, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

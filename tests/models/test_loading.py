@@ -1,0 +1,221 @@
+"""Damaged folders: each is refused in one line that names the key, what it is and should be."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from tests.tiny import (
+    change_json,
+    load_tiny,
+    open_tiny,
+    read_tensors,
+    write_json,
+    write_shards,
+    write_tensors,
+    write_tiny,
+)
+from vla2_models.errors import CheckpointError
+from vla2_models.loading import check_weights
+
+LM_HEAD = "lm_head.weight"
+TOWER_KEY = "model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
+FIRST_BLOCK = "model.mm_projector.s1.b1.conv1.conv.weight"
+READOUT = "model.mm_projector.readout.0.weight"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_tiny(tmp_path)
+
+
+def refusal(folder):
+    """Load a folder that must be refused; return the line, which both ways of checking agree on."""
+    with pytest.raises(CheckpointError) as loaded:
+        load_tiny(folder)
+    with pytest.raises(CheckpointError) as checked:
+        check_weights(open_tiny(folder))
+    line = str(loaded.value)
+    assert line == str(checked.value)
+    assert "\n" not in line
+    assert str(folder) in line
+    return line
+
+
+def test_whole_checkpoint_loads_and_counts_its_parameters(folder):
+    model = load_tiny(folder)
+    tensors = read_tensors(folder)
+    assert check_weights(open_tiny(folder)) == sum(t.numel() for t in tensors.values())
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert torch.equal(model.language_model.lm_head.weight, tensors[LM_HEAD])
+    assert torch.equal(model.mm_projector.readout[0].weight, tensors[READOUT])
+    assert torch.equal(model.vision_tower.encoder.layers[0].mlp.fc1.weight, tensors[TOWER_KEY])
+
+
+@pytest.mark.parametrize("key", [LM_HEAD, TOWER_KEY, READOUT])
+def test_missing_tensor_is_named(folder, key):
+    tensors = read_tensors(folder)
+    shape = list(tensors.pop(key).shape)
+    write_tensors(folder, tensors)
+    assert f"tensor {key} missing, found none, wanted {shape}" in refusal(folder)
+
+
+def test_several_missing_tensors_are_counted(folder):
+    tensors = {k: v for k, v in read_tensors(folder).items() if ".mm_projector." not in k}
+    write_tensors(folder, tensors)
+    assert re.search(
+        r"tensor model\.mm_projector\.\S+ and 112 more tensors missing", refusal(folder)
+    )
+
+
+def test_foreign_tensor_is_named(folder):
+    write_tensors(folder, read_tensors(folder) | {"model.audio_tower.weight": torch.zeros(3, 5)})
+    line = refusal(folder)
+    assert "tensor model.audio_tower.weight [3, 5]" in line
+    assert "found [3, 5], wanted none" in line
+
+
+@pytest.mark.parametrize(
+    ("key", "part"),
+    [
+        (LM_HEAD, "language model"),
+        (TOWER_KEY, "tower"),
+        (FIRST_BLOCK, "tower"),
+        (READOUT, "connector"),
+    ],
+)
+def test_tensor_of_another_shape_is_named_with_both(folder, key, part):
+    tensors = read_tensors(folder)
+    wanted = list(tensors[key].shape)
+    tensors[key] = torch.zeros(7, 1)
+    write_tensors(folder, tensors)
+    assert f"tensor {key} is [7, 1], this config's {part} needs {wanted}" in refusal(folder)
+
+
+def test_transposed_tensor_is_not_taken(folder):
+    tensors = read_tensors(folder)
+    key = "model.layers.0.mlp.up_proj.weight"
+    tensors[key] = tensors[key].T.contiguous()
+    write_tensors(folder, tensors)
+    assert f"tensor {key} is [32, 128]" in refusal(folder)
+
+
+def test_tensor_held_twice_names_both_files(folder):
+    tensors = read_tensors(folder)
+    write_shards(folder, {"a.safetensors": tensors, "b.safetensors": {LM_HEAD: tensors[LM_HEAD]}})
+    line = refusal_of_files(folder, {"x": "a.safetensors", "y": "b.safetensors"})
+    assert f"tensor {LM_HEAD} is held twice, by 'a.safetensors' and 'b.safetensors'" in line
+
+
+def refusal_of_files(folder, weight_map):
+    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+    return refusal(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1], ids=["empty", "no_header", "half_header", "tail"])
+def test_truncated_file_is_refused(folder, kept):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    assert f"'{path}' is not a whole safetensors file" in refusal(folder)
+
+
+def test_text_instead_of_weights_is_refused(folder):
+    # what git leaves where the large files were not fetched
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "is not a whole safetensors file" in refusal(folder)
+
+
+def test_absent_shard_is_named(folder):
+    tensors = read_tensors(folder)
+    write_shards(folder, {"a.safetensors": tensors, "b.safetensors": {"x": torch.zeros(1)}})
+    (folder / "b.safetensors").unlink()
+    assert "lacks 'b.safetensors', which its index names" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/tmp/x.safetensors", "sub/x.safetensors"])
+def test_index_that_leaves_its_folder_is_refused(folder, name):
+    line = refusal_of_files(folder, {LM_HEAD: name})
+    assert f"names '{name}', which is outside its folder" in line
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": {}}, {"weight_map": []}], ids=str)
+def test_index_without_weight_map_is_refused(folder, content):
+    write_json(folder / "model.safetensors.index.json", content)
+    assert "has no weight_map" in refusal(folder)
+
+
+def test_pickles_are_named_and_not_read(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model-00001-of-00002.bin").write_bytes(b"not even a pickle")
+    line = refusal(folder)
+    assert "only pickles such as 'pytorch_model-00001-of-00002.bin'" in line
+    assert line.endswith(f"write them anew: vla2 models convert {folder} -o FOLDER")
+
+
+def test_folder_without_weights_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    assert refusal(folder).endswith("holds no safetensors weights")
+
+
+def test_weights_of_other_config_are_refused_before_any_is_read(folder):
+    change_json(folder / "config.json", num_hidden_layers=2)
+    assert "tensor model.layers.1." in refusal(folder)
+
+
+def test_sharded_checkpoint_equals_single_file(folder):
+    single = load_tiny(folder).state_dict()
+    tensors = read_tensors(folder)
+    keys = sorted(tensors)
+    shards = {
+        f"model-0000{i + 1}-of-00003.safetensors": {k: tensors[k] for k in keys[i::3]}
+        for i in range(3)
+    }
+    write_shards(folder, shards)
+    checkpoint = open_tiny(folder)
+    assert [path.name for path in checkpoint.weight_files()] == list(shards)
+    assert checkpoint.size_bytes == sum((folder / name).stat().st_size for name in shards)
+    sharded = load_tiny(folder).state_dict()
+    assert sharded.keys() == single.keys()
+    assert all(torch.equal(sharded[key], single[key]) for key in single)
+
+
+def test_bfloat16_on_disk_loads_as_float32(folder):
+    stored = {key: t.to(torch.bfloat16) for key, t in read_tensors(folder).items()}
+    write_tensors(folder, stored)
+    model = load_tiny(folder, torch.float32)
+    assert model.dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(model.language_model.lm_head.weight, stored[LM_HEAD].float())
+
+
+def test_rotary_table_stays_float32_in_bfloat16(folder):
+    # rounded to bfloat16 it would move every position
+    model = load_tiny(folder, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.language_model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert model.language_model.model.rotary_emb.inv_freq.device.type == "cpu"
+
+
+def test_buffers_of_older_releases_are_ignored(folder):
+    extra = {
+        "model.vision_tower.vision_tower.vision_model.embeddings.position_ids": torch.arange(17),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+    }
+    plain = load_tiny(folder).state_dict()
+    write_tensors(folder, read_tensors(folder) | extra)
+    loaded = load_tiny(folder)
+    assert all(torch.equal(loaded.state_dict()[key], plain[key]) for key in plain)
+    assert loaded.vision_tower.embeddings.position_ids.tolist() == [list(range(17))]
+
+
+def test_model_of_another_kind_is_refused(folder):
+    change_json(folder / "config.json", model_type="llava")
+    with pytest.raises(CheckpointError, match=r"of type 'llava', expected a VideoLLaMA 2"):
+        open_tiny(folder)
+
+
+def test_miniature_says_that_it_is_a_demonstration(folder):
+    assert open_tiny(folder).config.is_demo
+    assert json.loads((folder / "config.json").read_text())["vla2_demo_model"] is True

@@ -1,0 +1,154 @@
+"""The public names: every tensor of the four sizes, claimed once."""
+
+import json
+
+import pytest
+import torch
+
+from tests.goldens import spec
+from tests.tiny import tiny_engine, write_json
+from vla2_models.config import read_config
+from vla2_models.loading import build_empty
+from vla2_models.names import find_places, public_name
+
+# the numbers of the language models and towers that the public checkpoints are made of
+MISTRAL = {
+    "model_type": "videollama2_mistral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "sliding_window": None,
+}
+MIXTRAL = {
+    **MISTRAL,
+    "model_type": "videollama2_mixtral",
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+QWEN2_72B = {
+    "model_type": "videollama2_qwen2",
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 152064,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+}
+QWEN2_7B = {
+    **QWEN2_72B,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
+CLIP = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+}
+# language model, tower, connector, frames; then what the spec counts: tensors, 1e9 parameters of
+# the whole, 1e6 of the connector, visual tokens
+MODELS = {
+    "VideoLLaMA2-7B": (MISTRAL, CLIP, "stc_connector", 8, 795, 8.034, 489.2, 845),
+    "VideoLLaMA2.1-7B-16F": (QWEN2_7B, SIGLIP, "stc_connector_v35", 16, 900, 8.421, 376.9, 1352),
+    "VideoLLaMA2-8x7B": (MIXTRAL, CLIP, "stc_connector", 8, 1499, 47.495, 489.2, 845),
+    "VideoLLaMA2-72B": (QWEN2_72B, CLIP, "stc_connector", 8, 1467, 74.944, 1934.7, 845),
+}
+
+
+def build_public(name, folder):
+    """Build a public checkpoint at its full size on the meta device."""
+    language, tower, connector, num_frames = MODELS[name][:4]
+    mm = {
+        "mm_vision_tower": "tower",
+        "mm_projector_type": connector,
+        "mm_hidden_size": tower["hidden_size"],
+        "mm_vision_select_layer": -2,
+        "num_frames": num_frames,
+        "tie_word_embeddings": False,
+    }
+    (folder / "tower").mkdir()
+    write_json(folder / "config.json", language | mm)
+    write_json(folder / "tower/config.json", tower)
+    write_json(folder / "tower/preprocessor_config.json", {})
+    return build_empty(read_config(folder, folder / "tower"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_public_tensor_has_one_place_of_its_shape(name, tmp_path):
+    wanted = json.loads(spec("state_dict_keys.json").read_text())[name]
+    state = build_public(name, tmp_path).state_dict()
+    places = find_places(state)
+    shapes = {public: list(place.of(state).shape) for public, place in places.items()}
+    assert len(shapes) == MODELS[name][4]
+    assert shapes == wanted
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_places_cover_every_parameter_once(name, tmp_path):
+    # so that a wrong layout of the fused experts, or two names for one part, cannot pass
+    model = build_public(name, tmp_path)
+    state = model.state_dict()
+    places = find_places(state)
+    assert len(set(map(str, places.values()))) == len(places)
+    covered = dict.fromkeys(state, 0)
+    for place in places.values():
+        covered[place.parameter] += place.of(state).numel()
+    assert covered == {name: tensor.numel() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_public_sizes_are_those_of_the_spec(name, tmp_path):
+    model = build_public(name, tmp_path)
+    _, _, _, _, _, billions, connector_millions, tokens = MODELS[name]
+    assert round(sum(p.numel() for p in model.parameters()) / 1e9, 3) == billions
+    connector = sum(p.numel() for p in model.mm_projector.parameters())
+    assert round(connector / 1e6, 1) == connector_millions
+    assert model.config.visual_tokens == tokens
+
+
+def test_parts_of_fused_experts_do_not_overlap():
+    fused = "language_model.model.layers.0.mlp.experts."
+    state = {
+        f"{fused}gate_up_proj": torch.zeros(3, 10, 4),
+        f"{fused}down_proj": torch.zeros(3, 4, 5),
+    }
+    for i, place in enumerate(find_places(state).values()):
+        place.of(state).fill_(i + 1)
+    # expert 1: five rows of w1 above five of w3; w2 for itself
+    assert state[f"{fused}gate_up_proj"][1, :, 0].tolist() == [3] * 5 + [4] * 5
+    assert state[f"{fused}down_proj"][:, 0, 0].tolist() == [7, 8, 9]
+    assert all(tensor.all() for tensor in state.values())
+
+
+def test_a_name_of_no_part_is_refused():
+    with pytest.raises(ValueError, match=r"'audio_tower\.weight' belongs to no part"):
+        public_name("audio_tower.weight")
+
+
+def test_names_of_a_loaded_model_begin_as_the_public_ones():
+    places = find_places(tiny_engine().model.state_dict())
+    tower = "model.vision_tower.vision_tower.vision_model.pre_layrnorm.weight"
+    for name in (tower, "model.mm_projector.sampler.0.bias", "model.norm.weight", "lm_head.weight"):
+        assert name in places

@@ -1,0 +1,156 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.goldens import RUNS, golden, golden_engine, golden_source, runs_of, tensors_of
+from tests.tiny import change_json, load_tiny, open_tiny, read_tensors, write_tiny
+from vla2_models.checkpoint import open_checkpoint
+from vla2_models.errors import CheckpointError
+from vla2_models.loading import load_model
+from vla2_models.saving import save_checkpoint
+from vla2cli.config import GenerationChoice
+from vla2cli.engine import Ask, Engine
+
+CASES = dict.fromkeys(case for case, _ in RUNS)
+WHOLE_CASES = [case for case in CASES if not case.endswith(("_Base", "_lora"))]
+
+
+def convert(case, folder, dtype=None, **kwargs):
+    """Write a golden checkpoint anew, tensors as they are stored; return it and what was saved."""
+    first = open_checkpoint(str(golden(f"checkpoints/{case}/config.json").parent), golden_source())
+    model = load_model(first, dtype=dtype)
+    save_checkpoint(model, first, folder, **kwargs)
+    return first, open_checkpoint(str(folder), golden_source()), model
+
+
+def same_bytes(one, other):
+    return one.dtype == other.dtype and torch.equal(
+        one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_load_save_load_gives_the_same_bytes(case, tmp_path):
+    _, again, model = convert(case, tmp_path / "out")
+    first, second = model.state_dict(), load_model(again, dtype=None).state_dict()
+    assert first.keys() == second.keys()
+    assert [name for name in first if not same_bytes(first[name], second[name])] == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_saved_checkpoint_says_the_same_ids(case, tmp_path):
+    # an adapter that is merged in the base's float16 is rounded once more
+    dtype = torch.float32 if case.endswith("_lora") else None
+    _, again, _ = convert(case, tmp_path / "out", dtype)
+    engine = Engine(again, device="cpu", dtype="float32")
+    about, expected = runs_of(case)["cap"], tensors_of(case, "cap")
+    ask = Ask(about["instruct"], "video", expected["projector_tokens"][0])
+    settings = engine.settings(GenerationChoice(max_new_tokens=about["max_new_tokens"]))
+    said = [e.answer([ask], settings)[0].generation.ids for e in (golden_engine(case), engine)]
+    assert said[0] == said[1] == tuple(expected["generated_ids"].tolist())
+
+
+@pytest.mark.parametrize("case", WHOLE_CASES)
+def test_names_tensors_and_settings_are_those_of_the_public_file(case, tmp_path):
+    first, again, _ = convert(case, tmp_path / "out")
+    stored = {k: t for path in first.weight_files() for k, t in load_file(path).items()}
+    (path,) = again.weight_files()
+    saved = load_file(path)
+    assert saved.keys() == stored.keys()
+    assert all(same_bytes(saved[key], stored[key]) for key in stored)
+    before = json.loads((first.folder / "config.json").read_text())
+    assert json.loads((again.folder / "config.json").read_text()) == before
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        assert (again.folder / name).read_bytes() == (first.folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("case", ["mistral_clip_stc_8f_Base", "mistral_clip_stc_8f_lora"])
+def test_small_forms_become_whole(case, tmp_path):
+    first, again, _ = convert(case, tmp_path / "out")
+    assert len(first.layers) == 3
+    assert again.text_folder == tmp_path / "out"
+    assert [path.name for path in again.weight_files()] == ["model.safetensors"]
+    public = golden("checkpoints/mistral_clip_stc_8f/model.safetensors")
+    assert load_file(again.weight_files()[0]).keys() == load_file(public).keys()
+    config = json.loads((again.folder / "config.json").read_text())
+    assert (config["tune_mm_mlp_adapter"], config["torch_dtype"]) == (False, "float16")
+
+
+def test_weights_are_cut_into_shards_of_the_size_asked_for(tmp_path):
+    _, again, model = convert("mixtral_clip_stc_8f", tmp_path / "out", max_shard_bytes=10**6)
+    files = again.weight_files()
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    assert len(files) == -(-size // 10**6)
+    assert [path.name for path in files][:1] == [f"model-00001-of-{len(files):05}.safetensors"]
+    assert all(path.stat().st_size < 1.05e6 for path in files)
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == size
+    for key, name in index["weight_map"].items():
+        assert key in load_file(tmp_path / "out" / name)
+    second = load_model(again, dtype=None).state_dict()
+    assert all(same_bytes(t, second[name]) for name, t in model.state_dict().items())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_tiny(tmp_path / "hub")
+
+
+def save(folder, out, dtype=None):
+    checkpoint = open_tiny(folder)
+    save_checkpoint(load_model(checkpoint, dtype=dtype), checkpoint, out)
+
+
+def test_dtype_of_the_weights_is_written_down(folder, tmp_path):
+    save(folder, tmp_path / "out", torch.bfloat16)
+    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
+    stored = read_tensors(tmp_path / "out")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+
+
+def test_settings_of_newer_configs_are_written_as_the_public_code_reads_them(folder, tmp_path):
+    # as transformers 5 writes them: the public code would take rope_theta 10000 and float32
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    change_json(
+        folder / "config.json",
+        rope_theta=None,
+        torch_dtype=None,
+        rope_parameters=rope,
+        dtype="bfloat16",
+    )
+    save(folder, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["rope_theta"], config["torch_dtype"]) == (5e5, "float32")
+    assert not {"rope_parameters", "dtype"} & config.keys()
+
+
+def test_folder_that_is_not_empty_is_left_alone(folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"'.*out' exists already; give a new folder"):
+        save(folder, out)
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+def test_empty_folder_is_filled(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    save(folder, tmp_path / "out")
+    assert load_tiny_again(tmp_path / "out", folder)
+
+
+def load_tiny_again(out, folder):
+    place = folder.parent / "again"
+    shutil.copytree(out, place)
+    first, second = load_tiny(folder).state_dict(), load_tiny(place).state_dict()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_folder_that_cannot_be_written_is_named_and_nothing_is_left(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"'.*file/out' cannot be written: "):
+        save(folder, tmp_path / "file/out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "hub"]
