@@ -118,7 +118,7 @@ Dtype = Annotated[
 ]
 LoadIn = Annotated[
     Literal["4bit", "8bit"] | None,
-    _option("--load-in", help="Quantise the language model; needs pip install 'vla2[quant]'."),
+    _option("--load-in", help="Quantise the language model; needs pip install bitsandbytes."),
 ]
 DeviceMap = Annotated[
     Literal["auto"] | None,

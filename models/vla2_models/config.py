@@ -183,6 +183,10 @@ def _parse(config_class: Any, fields: Mapping[str, Any], folder: Path) -> Any:
 
 
 def _refuse_unsupported(folder: Path, raw: Mapping[str, Any]) -> None:
+    if raw.get("mm_audio_tower"):
+        raise CheckpointError(
+            f"'{folder}' has an audio branch (mm_audio_tower), which this version does not run"
+        )
     expected = {
         "model_type": (raw.get("model_type"), tuple(LANGUAGE_CONFIGS)),
         "mm_vision_select_feature": (raw.get("mm_vision_select_feature", "patch"), ("patch",)),

@@ -44,7 +44,7 @@ def check_quantization(
     if name not in QUANTIZATIONS:
         raise ValueError(f"unknown quantization '{name}', expected {' or '.join(QUANTIZATIONS)}")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"{name} weights need bitsandbytes: pip install 'vla2[quant]'")
+        raise ValueError(f"{name} weights need bitsandbytes: pip install bitsandbytes")
     if name == "8bit" and getattr(language_model_config, "num_local_experts", None):
         raise CheckpointError(
             f"8bit weights cannot be had for the experts of a {language_model_config.model_type} "

@@ -34,6 +34,7 @@ _CALLS = re.compile(
     r"|torch(\.storage)? \w+Storage|torch u?int\d+|torch b?float\d+\w*"
 )
 _REFUSED = "refused, and nothing of it was run; ask its author for safetensors"
+_MAX_NESTING = 20  # torch.save's own are half as deep; twice a tuple in a tuple is 2 ** 20 parts
 _NUM_OLD_PICKLES = 5  # before 1.6: magic number, version, machine, content, names of the storages
 _LOAD = threading.Lock()  # the loader's additions and Python's warnings belong to the process
 
@@ -202,7 +203,12 @@ def _check_archive(path: Path, archive: ZipFile) -> None:
 
 def _check_calls(path: Path, program: IO[bytes]) -> None:
     strings = ["", ""]
+    nesting = _Nesting()
     for opcode, arg, _ in pickletools.genops(program):
+        if nesting.add(opcode, arg) > _MAX_NESTING:
+            raise CheckpointError(
+                f"'{path}' holds containers in containers, {_MAX_NESTING} deep and more; {_REFUSED}"
+            )
         if opcode.name in ("GLOBAL", "INST"):
             _check_call(path, str(arg))
         elif opcode.name == "STACK_GLOBAL":
@@ -212,6 +218,49 @@ def _check_calls(path: Path, program: IO[bytes]) -> None:
             _check_call(path, f"copyreg extension {arg}")
         elif isinstance(arg, str):
             strings = [strings[1], arg]
+
+
+class _Nesting:
+    """How deep the objects on a pickle's stack are nested, followed without making any.
+
+    Python's hash of a tuple goes down to its innermost part, however deep, and a million of them
+    end the process.
+    """
+
+    def __init__(self) -> None:
+        self._stack: list[int | None] = []  # None is a mark
+        self._memo: dict[Any, int] = {}
+
+    def add(self, opcode: pickletools.OpcodeInfo, arg: Any) -> int:
+        """Follow one step; return how deep its result is nested."""
+        if "PUT" in opcode.name or opcode.name == "MEMOIZE":
+            key = len(self._memo) if arg is None else int(arg)
+            self._memo[key] = depth = self._stack[-1] or 0
+            return depth
+        if "GET" in opcode.name:
+            self._stack.append(self._memo.get(int(arg), 0))
+            return 0
+        if opcode.name == "MARK":
+            self._stack.append(None)
+            return 0
+        taken = self._take(opcode)
+        # what is put into a container nests below it; other results hold all that was taken
+        is_filled = bool(taken) and opcode.stack_before[:1] == opcode.stack_after[:1]
+        inside = taken[1:] if is_filled else taken
+        depth = max([1 + depth for depth in inside] + taken[: 1 if is_filled else 0], default=0)
+        self._stack += [depth] * len(opcode.stack_after)
+        return depth
+
+    def _take(self, opcode: pickletools.OpcodeInfo) -> list[int]:
+        """Take the operands off the stack, the lowest first."""
+        taken = []
+        for kind in reversed(opcode.stack_before):
+            if kind is pickletools.stackslice:
+                while self._stack[-1] is not None:
+                    taken.append(self._stack.pop())
+            else:
+                taken.append(self._stack.pop())
+        return [depth for depth in reversed(taken) if depth is not None]
 
 
 def _check_call(path: Path, call: str) -> None:

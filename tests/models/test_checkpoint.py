@@ -364,3 +364,64 @@ def test_tower_is_found_where_the_checkpoint_is(tmp_path):
     shutil.rmtree(tower_of(folder))
     with pytest.raises(CheckpointError, match="clip-vit-miniature"):
         open_checkpoint(str(folder), Source(tmp_path, offline=True))
+
+
+def take_apart(case, place):
+    """Lay a whole golden checkpoint out as its Base form: projector, language model and tower."""
+    source = golden(f"checkpoints/{case}/config.json").parent
+    config = json.loads((source / "config.json").read_text())
+    tensors = load_file(source / "model.safetensors")
+    parts = {TOWER_PREFIX: {}, CONNECTOR_PREFIX: {}, "": {}}
+    for key, tensor in tensors.items():
+        parts[next(prefix for prefix in parts if key.startswith(prefix))][key] = tensor
+    folder, language, tower = (place / name for name in ("base", "hub/lm/it", "hub/tower/it"))
+    shutil.copytree(golden(f"towers/{config['mm_vision_tower']}/config.json").parent, tower)
+    shutil.copytree(source, language, copy_function=shutil.copyfile)
+    for path in (language, tower):
+        path.chmod(0o755)
+    folder.mkdir()
+    mm = {"_name_or_path": "lm/it", "mm_vision_tower": "tower/it", "tune_mm_mlp_adapter": True}
+    (folder / "config.json").write_text(json.dumps(config | mm))
+    change_json(
+        language / "config.json", model_type=config["model_type"].removeprefix("videollama2_")
+    )
+    torch.save(parts[CONNECTOR_PREFIX], folder / "mm_projector.bin")
+    write_tensors(language, parts[""])
+    of_tower = parts[TOWER_PREFIX].items()
+    write_tensors(tower, {"vision_model." + k.removeprefix(TOWER_PREFIX): t for k, t in of_tower})
+    return folder
+
+
+FAMILIES = ["mixtral_clip_stc_8f", "qwen2_siglip_stcv35_16f"]
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_every_family_has_a_base_form(tmp_path, case):
+    folder = take_apart(case, tmp_path)
+    checkpoint = open_checkpoint(str(folder), Source(tmp_path / "hub", offline=True))
+    assert [len(layer.files) for layer in checkpoint.layers] == [1, 1, 1]
+    model = load_model(checkpoint, dtype=None).state_dict()
+    whole = load_model(open_golden(case), dtype=None).state_dict()
+    assert model.keys() == whole.keys()
+    assert all(torch.equal(model[name], whole[name]) for name in whole)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's way to write
+@pytest.mark.parametrize("case", FAMILIES)
+def test_adapter_that_peft_wrote_is_merged_as_peft_merges_it(tmp_path, case):
+    from peft import LoraConfig, get_peft_model
+
+    folder = take_apart(case, tmp_path)
+    source = Source(tmp_path / "hub", offline=True)
+    model = load_model(open_checkpoint(str(folder), source))
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    config = LoraConfig(r=3, lora_alpha=7, target_modules=targets, init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = get_peft_model(model.language_model, config)
+    (folder / "mm_projector.bin").rename(folder / "non_lora_trainables.bin")
+    adapted.save_pretrained(folder, save_embedding_layers=False)  # else it looks on the hub
+    assert (folder / "adapter_model.safetensors").exists()
+    expected = adapted.merge_and_unload().state_dict()
+    found = load_model(open_checkpoint(str(folder), source))
+    for name, tensor in found.language_model.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0)

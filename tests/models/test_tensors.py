@@ -538,7 +538,9 @@ def test_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
     "program",
     [
         b"]" * 10**5 + b"a" * (10**5 - 1) + b".",
-        b"}" + b"N" + b"\x85" * 10**4 + b"K\x01s.",
+        b"}" + b"N" + b"\x85" * 10**6 + b"K\x01s.",
+        # a tuple of two of itself, sixty times over
+        b"})" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60)) + b"K\x01s.",
         b"X\xff\xff\xff\x7fabc.",
         b"\x8e" + b"\xff" * 7 + b"\x7f.",
         b"\x8b\xff\xff\xff\x7f1.",
@@ -559,6 +561,7 @@ def test_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
     ids=[
         "deep_list",
         "deep_tuple",
+        "doubled_tuple",
         "long_text",
         "long_bytes",
         "long_number",
@@ -612,6 +615,13 @@ def test_damaged_pickle_opens_or_is_refused(tmp_path, is_zip):
             refused.append(str(error))
     assert refused
     assert all(line.isprintable() for line in refused)
+
+
+def test_many_tensors_are_no_deep_nesting(tmp_path):
+    # torch.save fills a dict in steps of a thousand
+    names = [f"layer.{i}" for i in range(3001)]
+    torch.save({name: torch.ones(1) for name in names}, tmp_path / "a.bin")
+    assert list(read_shapes(tmp_path / "a.bin")) == names
 
 
 def test_text_instead_of_a_pickle_is_refused(tmp_path):
