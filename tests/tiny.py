@@ -8,12 +8,25 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import MistralConfig, MixtralConfig, Qwen2Config
 
 from vla2_models.checkpoint import open_checkpoint
 from vla2_models.hub import Source
 from vla2_models.loading import load_model
 from vla2_models.miniature import TOWER_ID, write_miniature
+from vla2_models.videollama2 import LANGUAGE_MODELS
 from vla2cli.engine import Engine
+
+FAMILIES = {"mistral": MistralConfig, "mixtral": MixtralConfig, "qwen2": Qwen2Config}
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+    "sliding_window": None,
+}
 
 # networks this small lose by more: on two busy cores six times the time
 torch.set_num_threads(1)
@@ -33,6 +46,14 @@ def tiny_engine():
     """An engine on that checkpoint; not to be changed."""
     folder = next(path.parent for path in tiny_hub().glob("*/*/model.safetensors"))
     return Engine.load(str(folder), hub_dir=tiny_hub(), device="cpu", dtype="float32")
+
+
+def tiny_language_model(family, dtype=torch.float32, **changes):
+    """A random language model of transformers, the same each time, frozen."""
+    config = FAMILIES[family](**(SIZES | changes))
+    torch.manual_seed(0)
+    model = LANGUAGE_MODELS[type(config)](config)
+    return model.to(dtype).eval().requires_grad_(False)
 
 
 def write_tiny(hub_dir, **changes):

@@ -4,25 +4,12 @@ import accelerate.hooks
 import pytest
 import torch
 from accelerate import init_empty_weights
-from transformers import (
-    MistralConfig,
-    MistralForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
-from tests.tiny import load_tiny, write_tiny
+from tests.tiny import FAMILIES, load_tiny, tiny_language_model, write_tiny
 from vla2_models.placement import main_device, plan_placement, spread
 from vla2cli.config import GenerationSettings
 from vla2cli.engines.eager import generate
 
-FAMILIES = {
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "mixtral": (MixtralConfig, MixtralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-}
 PARTS = (
     "model.embed_tokens",
     "model.layers.0",
@@ -43,20 +30,7 @@ PROMPTS = (torch.arange(11), torch.tensor([90, 5, 5, 17]))
 
 def tiny_model(family, dtype=torch.float32, **changes):
     """A random model, the same each time; its weights are large, so that it says many things."""
-    config_class, model_class = FAMILIES[family]
-    torch.manual_seed(0)
-    fields = {
-        "hidden_size": 64,
-        "intermediate_size": 112,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 97,
-        "sliding_window": None,
-        "initializer_range": 0.2,
-        **changes,
-    }
-    return model_class(config_class(**fields)).to(dtype).eval().requires_grad_(False)
+    return tiny_language_model(family, dtype, **({"initializer_range": 0.2} | changes))
 
 
 def say(model, prompts=PROMPTS):
