@@ -14,11 +14,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "ask", "caption", "features"]
+__all__ = ["Engine", "Layout", "ask", "caption", "features"]
 
 if TYPE_CHECKING:
     from vla2cli.api import ask, caption, features
     from vla2cli.engine import Engine
+    from vla2cli.layout import Layout
 
 
 def __getattr__(name: str) -> Any:
@@ -26,6 +27,10 @@ def __getattr__(name: str) -> Any:
         from vla2cli.engine import Engine
 
         return Engine
+    if name == "Layout":
+        from vla2cli.layout import Layout
+
+        return Layout
     if name in ("ask", "caption", "features"):
         from vla2cli import api
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
+from vla2_models.public import WITH_EARS
 from vla2cli.console import (
     Console,
     count,
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 LONG_BYTES = 1e9  # reading more takes seconds: say so
 NOUNS = {"caption": "caption", "ask": "answer", "features": "feature file"}
 PUBLIC_MODELS = ("DAMO-NLP-SG/VideoLLaMA2-7B", "DAMO-NLP-SG/VideoLLaMA2-7B-16F")
-AV_MODEL = "DAMO-NLP-SG/VideoLLaMA2.1-7B-AV"
 
 RunRecords = Callable[[Job, Sequence[Work], Callable[[], bool]], Iterator[Record]]
 
@@ -132,7 +132,7 @@ def open_engine(options: RunOptions, console: Console) -> Engine:
     if options.modality in ("audio", "av"):
         raise UsageError(
             f"--modality {options.modality} needs a model with an audio branch; "
-            f"{options.model} has none (try {AV_MODEL})"
+            f"{options.model} has none (try {WITH_EARS})"
         )
     layout = Layout(options.load_in, options.device_map)
     engine = Engine(checkpoint, device=options.device, dtype=options.dtype, layout=layout)
@@ -166,7 +166,7 @@ def usable_items(found: Found, options: RunOptions, console: Console) -> list[It
     if not items:
         raise NoInputError(
             "only audio files were found, and this model has no audio branch; "
-            f"--modality audio needs {AV_MODEL}"
+            f"--modality audio needs {WITH_EARS}"
         )
     return items
 
@@ -180,7 +180,7 @@ def _describe_note(note: Note, modality: str) -> str:
     if modality == "auto" and note.audio:
         parts.append(
             f"{count(note.audio, 'audio file')} skipped (this model has no audio branch; "
-            f"--modality audio needs {AV_MODEL})"
+            f"--modality audio needs {WITH_EARS})"
         )
     elif note.skipped:
         parts.append(f"{note.skipped:,} skipped (--modality {modality})")

@@ -120,8 +120,23 @@ def ran(vla2, place):
             run, "caption", "b.mp4", "--device", "cuda", env={"CUDA_VISIBLE_DEVICES": ""}
         ),
         "mixed": partial(run, "caption", "b.mp4", "--model", "mixed"),
+        "quantised": partial(run, "ask", "b.mp4", "What moves?", "--load-in", "4bit"),
+        "spread": partial(run, "ask", "b.mp4", "What moves?", "--device-map", "auto"),
+        "plain": partial(run, "ask", "b.mp4", "What moves?"),
     }
     return dict(zip(sessions, together(*sessions.values()), strict=True))
+
+
+def test_record_says_how_the_language_model_was_held(ran):
+    (plain,), (spread,), (quantised,) = (
+        ran[name].records for name in ("plain", "spread", "quantised")
+    )
+    assert (plain["quant"], plain["dtype"]) == (spread["quant"], spread["dtype"])
+    assert (plain["quant"], plain["dtype"]) == (None, "float32")
+    assert plain["text"] == spread["text"]
+    assert (quantised["quant"], quantised["dtype"]) == ("4bit", "bfloat16")
+    # the libraries that do it say nothing
+    assert ran["quantised"].stderr == ran["spread"].stderr == ran["plain"].stderr
 
 
 # one file, a few files
