@@ -58,7 +58,7 @@ def tiny_language_model(family, dtype=torch.float32, **changes):
 
 def write_tiny(hub_dir, **changes):
     """Write a checkpoint of one's own under `hub_dir`; return its folder."""
-    return write_miniature(hub_dir, num_hidden_layers=1, hidden_size=32, **changes)
+    return write_miniature(hub_dir, **({"num_hidden_layers": 1, "hidden_size": 32} | changes))
 
 
 def open_tiny(folder):

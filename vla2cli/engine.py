@@ -17,7 +17,7 @@ from torch import Tensor
 from vla2_models.checkpoint import Checkpoint, open_checkpoint
 from vla2_models.fingerprint import hash_weights
 from vla2_models.hub import Source
-from vla2_models.loading import check_weights, load_model
+from vla2_models.loading import check_weights
 from vla2_models.videollama2 import VideoLLaMA2
 from vla2cli.config import GenerationChoice, GenerationSettings, resolve_generation
 from vla2cli.engines import eager as language_engine
@@ -151,17 +151,13 @@ class Engine:
     def model(self) -> VideoLLaMA2:
         """The networks, on the engine's device or as the layout asks."""
         try:
-            if self.layout.is_plain:
-                return load_model(self.checkpoint, device=self.device, dtype=self.dtype)
-            model = load_model(self.checkpoint, device="cpu", dtype=self.dtype)
-            self.layout.apply(model, self.device)
+            return self.layout.load(self.checkpoint, self.dtype, self.device)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise ModelError(
                 f"'{self.checkpoint.folder}' does not fit into the memory of {self.device} in "
-                f"{self.backends['dtype']}; try --load-in 4bit, --device-map auto or --dtype "
-                "bfloat16"
+                f"{self.backends['dtype']}; try --dtype bfloat16, --load-in 4bit, or "
+                "--device-map auto"
             ) from error
-        return model
 
     @cached_property
     def frontend(self) -> EagerFrontend:

@@ -11,7 +11,6 @@ from vla2_models.checkpoint import Checkpoint, open_checkpoint
 from vla2_models.errors import CheckpointError
 from vla2_models.files import read_json
 from vla2_models.hub import Source, folders_on_disk
-from vla2_models.loading import check_weights
 from vla2_models.public import find_public, public_checkpoints
 from vla2cli.console import format_size
 from vla2cli.engine import Engine
@@ -49,8 +48,10 @@ def find_checkpoints(source: Source) -> Iterator[dict[str, Any]]:
             continue
         try:
             # by its folder: the name may mean another one, seen from the current folder
-            checkpoint = check_headers(str(folder), Source(source.hub_dir, offline=True))
-            yield describe_checkpoint(name, checkpoint)
+            checkpoint, num_parameters = check_headers(
+                str(folder), Source(source.hub_dir, offline=True)
+            )
+            yield describe_checkpoint(name, checkpoint, num_parameters)
         except (CheckpointError, ModelError) as error:
             yield _unusable(name, folder, error)
 
@@ -75,31 +76,21 @@ def missing_public(here: Collection[str]) -> Iterator[dict[str, Any]]:
             }
 
 
-def check_headers(name: str, source: Source, revision: str | None = None) -> Checkpoint:
+def check_headers(name: str, source: Source, revision: str | None = None) -> tuple[Checkpoint, int]:
     """Find a checkpoint and check all its files, without reading its weights.
+
+    Returns:
+        It, and the number of its parameters.
 
     Raises:
         CheckpointError, ModelError: it is nowhere, or would not load.
     """
     checkpoint = open_checkpoint(name, source, revision=revision)
-    Engine(checkpoint, device="cpu").check()
-    return checkpoint
+    return checkpoint, Engine(checkpoint, device="cpu").check()
 
 
-def describe_checkpoint(
-    name: str, checkpoint: Checkpoint, *, values: bool = False
-) -> dict[str, Any]:
-    """State the facts of a checkpoint.
-
-    Args:
-        name: what to call it.
-        checkpoint: from `check_headers`.
-        values: whether every weight is read, to see that it is finite.
-
-    Raises:
-        CheckpointError: its weights are not sound.
-    """
-    num_parameters = check_weights(checkpoint, values=values)
+def describe_checkpoint(name: str, checkpoint: Checkpoint, num_parameters: int) -> dict[str, Any]:
+    """State the facts of a checkpoint, which is called `name` here."""
     config = checkpoint.config
     return {
         "id": name,
@@ -140,13 +131,18 @@ def _unusable(name: str, folder: Path, error: Exception) -> dict[str, Any]:
 
 def _memory(name: str, num_parameters: int) -> dict[str, float]:
     """State the room that the weights take, by dtype, in 10**9 bytes."""
-    memory: dict[str, float | None] = {
-        "float32": round(num_parameters * 4 / 1e9, 1),
-        "bfloat16": round(num_parameters * 2 / 1e9, 1),
-    }
     public = find_public(name)
-    if public is not None:
-        memory |= {"8bit": public.memory_8bit_gb, "4bit": public.memory_4bit_gb}
+    if public is None:
+        return {
+            "float32": round(num_parameters * 4 / 1e9, 1),
+            "bfloat16": round(num_parameters * 2 / 1e9, 1),
+        }
+    memory = {
+        "float32": public.memory_float32_gb,
+        "bfloat16": public.memory_bfloat16_gb,
+        "8bit": public.memory_8bit_gb,
+        "4bit": public.memory_4bit_gb,
+    }
     return {dtype: gb for dtype, gb in memory.items() if gb is not None}
 
 

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from vla2_models.checkpoint import Checkpoint
     from vla2_models.config import LanguageConfig
     from vla2_models.videollama2 import VideoLLaMA2
 
-# kept free on the first device, beside tower and connector: what a batch of clips passes through
-ACTIVATION_BYTES = 2 * 10**9
+# kept free on every device that computes: activations, keys and values of a batch
+HEADROOM_BYTES = 2 * 10**9
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,6 @@ class Layout:
     load_in: str | None = None  # 4bit or 8bit
     device_map: str | None = None  # auto: over all CUDA devices, the CPU and the disk
     max_memory: Mapping[int | str, int] | None = None  # bytes on each device, for `device_map`
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether one device holds the weights as they are."""
-        return self.load_in is None and self.device_map is None
 
     def check(self, language: LanguageConfig, device: torch.device) -> None:
         """Refuse what cannot be had here, before a weight is read.
@@ -56,39 +52,56 @@ class Layout:
             except (CheckpointError, ValueError) as error:
                 raise UsageError(f"'--load-in {self.load_in}': {error}") from error
 
-    def apply(self, model: VideoLLaMA2, device: torch.device) -> None:
-        """Bring a model that was loaded on the CPU to its devices.
+    def load(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> VideoLLaMA2:
+        """Load a checkpoint, each decoder layer into its final form and place as it is read.
 
         Args:
-            model: tower and connector stay whole, on the first device.
-            device: the first device.
+            checkpoint: what to load.
+            dtype: of what is not quantised.
+            device: of tower and connector, which stay whole; with `device_map`, accelerate's
+                first.
+
+        Raises:
+            CheckpointError: the checkpoint is not sound.
         """
+        from vla2_models.loading import load_model
+
         if self.load_in is not None:
-            from vla2_models.quantize import quantize
+            from vla2_models.quantize import quantize_layer
 
-            quantize(model.language_model, self.load_in, compute_dtype=model.dtype, device=device)
-            model.to(device)
-        elif self.device_map is not None:
-            self._spread(model)
+            def settle(_name: str, layer: nn.Module) -> None:
+                quantize_layer(layer, bits, compute_dtype=dtype, device=device)
 
-    def _spread(self, model: VideoLLaMA2) -> None:
-        from vla2_models.placement import main_device, plan_placement, spread
+            bits = self.load_in
+            return load_model(checkpoint, dtype=dtype, settle=settle).to(device)
+        if self.device_map is not None:
+            return self._spread(checkpoint, dtype)
+        return load_model(checkpoint, dtype=dtype, device=device)
 
-        front: list[nn.Module] = [model.vision_tower, model.mm_projector]
-        front_bytes = sum(
-            parameter.numel() * parameter.element_size()
-            for part in front
+    def _spread(self, checkpoint: Checkpoint, dtype: torch.dtype) -> VideoLLaMA2:
+        from vla2_models.loading import build_empty, load_model
+        from vla2_models.placement import Placement, plan_placement
+
+        empty = build_empty(checkpoint.config)
+        front_size = sum(
+            parameter.numel()
+            for part in (empty.vision_tower, empty.mm_projector)
             for parameter in part.parameters()
         )
         device_map = plan_placement(
-            model.language_model,
-            model.dtype,
+            empty.language_model,
+            dtype,
             max_memory=self.max_memory,
-            reserved=front_bytes + ACTIVATION_BYTES,
+            reserved=front_size * dtype.itemsize,
+            headroom=HEADROOM_BYTES,
         )
         # holds what fits on no device; lives as long as the process
         offload = tempfile.TemporaryDirectory(prefix="vla2-offload-")
         atexit.register(offload.cleanup)
-        spread(model.language_model, device_map, Path(offload.name))
+        placement = Placement(device_map, Path(offload.name))
+        model = load_model(checkpoint, dtype=dtype, settle=placement.settle)
+        placement.spread(model.language_model)
+        front: list[nn.Module] = [model.vision_tower, model.mm_projector]
         for part in front:
-            part.to(main_device(device_map))
+            part.to(placement.main_device)
+        return model

@@ -15,6 +15,8 @@ from vla2cli.console import Console, count, format_size, print_data, print_text
 if TYPE_CHECKING:
     import torch
 
+    from vla2_models.checkpoint import Checkpoint
+
 LONG_BYTES = 1e9  # reading or writing more takes seconds: say so
 
 
@@ -54,15 +56,16 @@ def show(
 ) -> None:
     """List the checkpoints on this disk and the public ones, or read one whole to check it."""
     from vla2_models.hub import Source
+    from vla2_models.loading import check_weights
     from vla2cli import facts
 
     console = Console(quiet=quiet, verbose=verbose)
     source = Source(hub_dir, offline, on_fetch=lambda id: console.note(f"fetching '{id}' …"))
     if name is not None:
-        checkpoint = facts.check_headers(name, source, revision)
-        if checkpoint.size_bytes > LONG_BYTES:
-            console.note(f"reading {format_size(checkpoint.size_bytes)} of weights …")
-        _show(facts.describe_checkpoint(name, checkpoint, values=True), json)
+        checkpoint, num_parameters = facts.check_headers(name, source, revision)
+        _note_reading(checkpoint, console)
+        check_weights(checkpoint, values=True)
+        _show(facts.describe_checkpoint(name, checkpoint, num_parameters), json)
         return
     here = list(facts.find_checkpoints(source))
     public = list(facts.missing_public({found["id"] for found in here}))
@@ -117,14 +120,20 @@ def convert(
     check_folder(output)
     source = Source(hub_dir, offline, on_fetch=lambda id: console.note(f"fetching '{id}' …"))
     checkpoint = open_checkpoint(name, source, revision=revision, allow_pickles=True)
-    if checkpoint.size_bytes > LONG_BYTES:
-        console.note(f"reading {format_size(checkpoint.size_bytes)} of weights …")
+    _note_reading(checkpoint, console)
     save_checkpoint(load_model(checkpoint, dtype=_dtype(dtype)), checkpoint, output)
     written = open_checkpoint(str(output), source)
+    if not (output / "tokenizer_config.json").exists():
+        console.note(f"vla2: {output}: there was no tokenizer to copy; put the model's own there")
     console.note(
         f"{output}: {format_size(written.size_bytes)} in "
         f"{count(len(written.weight_files()), 'file')}"
     )
+
+
+def _note_reading(checkpoint: Checkpoint, console: Console) -> None:
+    if checkpoint.size_bytes > LONG_BYTES:
+        console.note(f"reading {format_size(checkpoint.size_bytes)} of weights …")
 
 
 def _dtype(name: str) -> torch.dtype | None:

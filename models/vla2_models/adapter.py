@@ -27,7 +27,9 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError
 from .files import read_json
+from .hub import ADAPTER_CONFIG
 from .imports import nothing_from_the_hub
+from .names import PEFT_PREFIX
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -35,9 +37,6 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraModel
     from transformers import PreTrainedModel
 
-ADAPTER_CONFIG = "adapter_config.json"
-
-PEFT_PREFIX = "base_model.model."  # what peft writes before a module's name
 PARTS = ("lora_A", "lora_B")
 ADAPTER = "default"  # peft's name for the only adapter
 

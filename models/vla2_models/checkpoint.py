@@ -13,16 +13,16 @@ folder's name and leaves the tower of the two small forms random.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .adapter import ADAPTER_CONFIG, PEFT_PREFIX
 from .config import LANGUAGE_CONFIGS, CheckpointConfig, read_config, tower_name
 from .errors import CheckpointError
 from .files import read_json
 from .hub import (
+    ADAPTER_CONFIG,
     ADAPTER_FILES,
     PROJECTOR_FILES,
     TOWER,
@@ -35,9 +35,9 @@ from .hub import (
     first_of,
     folders_on_disk,
     locate,
-    shard_names,
+    whole_names,
 )
-from .names import TOWER_PREFIX
+from .names import PEFT_PREFIX, TOWER_PREFIX
 from .public import suggest
 from .tensors import read_shapes
 
@@ -51,18 +51,19 @@ class Layer:
     prefixes: Mapping[str, str]
     is_own: bool  # of the checkpoint itself, where a tensor that has no place is an error
 
-    def shapes(self, path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Read the header of one file: public name -> name in the file, shape.
+    def shapes(self, path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """Read the header of one file.
+
+        Yields:
+            Public name, name in the file, shape.
 
         Raises:
             CheckpointError: the file is damaged, or holds more than tensors.
         """
-        found = {}
         for key, shape in read_shapes(path).items():
             prefix = next((prefix for prefix in self.prefixes if key.startswith(prefix)), None)
             if prefix is not None:
-                found[self.prefixes[prefix] + key.removeprefix(prefix)] = key, shape
-        return found
+                yield self.prefixes[prefix] + key.removeprefix(prefix), key, shape
 
 
 @dataclass(frozen=True)
@@ -124,16 +125,22 @@ def open_checkpoint(
         )
     tower = locate(tower_name(folder, raw), source, wanted=TOWER)
     config = read_config(folder, tower.folder)
-    adapter = first_of(folder, ADAPTER_FILES)
-    form = _find_form(folder, raw)
-    layers, text_folder = [_own_layer(folder, form, allow_pickles)], folder
-    if form != "whole":
-        text_folder = _find_base(folder, raw, adapter, source)
-        files = _whole_files(text_folder, allow_pickles)
-        layers.append(Layer(files, {"": ""}, is_own=False))
+    form = find_form(folder, raw)
+    layers, text_folder = _find_layers(folder, form, source, allow_pickles)
     if not any(_holds_tower(layer) for layer in layers):
         layers.append(_tower_layer(config.mm_vision_tower, source))
+    adapter = first_of(folder, ADAPTER_FILES)
     return Checkpoint(located, config, tuple(layers), form, text_folder, adapter)
+
+
+def find_form(folder: Path, raw: Mapping[str, Any]) -> str:
+    """Tell what a checkpoint is by its files: whole, projector or adapter."""
+    if first_of(folder, ADAPTER_FILES):
+        return "adapter"
+    # a training run may leave both
+    is_tuned = bool(raw.get("tune_mm_mlp_adapter"))
+    has_projector = first_of(folder, PROJECTOR_FILES) is not None
+    return "projector" if has_projector and (is_tuned or not whole_names(folder)) else "whole"
 
 
 def _locate(name: str, source: Source, revision: str | None) -> Located:
@@ -146,52 +153,51 @@ def _locate(name: str, source: Source, revision: str | None) -> Located:
         raise CheckpointError(f"{error}; did you mean '{near}'?") from error
 
 
-def _find_form(folder: Path, raw: Mapping[str, Any]) -> str:
-    if first_of(folder, ADAPTER_FILES):
-        return "adapter"
-    has_projector = first_of(folder, PROJECTOR_FILES) is not None
-    has_whole = first_of(folder, (WHOLE_FILE, f"{WHOLE_FILE}.index.json")) is not None
-    # a training run may leave both
-    is_projector = has_projector and (raw.get("tune_mm_mlp_adapter") or not has_whole)
-    return "projector" if is_projector else "whole"
-
-
-def _own_layer(folder: Path, form: str, allow_pickles: bool) -> Layer:
+def _find_layers(
+    folder: Path, form: str, source: Source, allow_pickles: bool
+) -> tuple[list[Layer], Path]:
+    """Find the files of a checkpoint and of what it builds on, and the folder with its text."""
     if form == "whole":
-        return Layer(_whole_files(folder, allow_pickles), {"": ""}, is_own=True)
-    names = PROJECTOR_FILES if form == "projector" else TRAINABLES_FILES
-    path = first_of(folder, names)
-    # peft's wrapper stands in front of the public names
-    return Layer((path,) if path else (), {PEFT_PREFIX: "", "": ""}, is_own=True)
+        return [Layer(_whole_files(folder, allow_pickles), {"": ""}, is_own=True)], folder
+    own = first_of(folder, PROJECTOR_FILES if form == "projector" else TRAINABLES_FILES)
+    layer = Layer((own,) if own else (), {PEFT_PREFIX: "", "": ""}, is_own=True)
+    base = _find_base(folder, source)
+    base_form = find_form(base, read_json(base / "config.json"))
+    if base_form == "adapter" or (base_form, form) == ("projector", "projector"):
+        raise CheckpointError(
+            f"'{folder}' builds on '{base}', which is no language model but {_a(base_form)}; write "
+            f"that one whole first: vla2 models convert {base} -o FOLDER"
+        )
+    below, text_folder = _find_layers(base, base_form, source, allow_pickles)
+    return [layer, *(replace(other, is_own=False) for other in below)], text_folder
 
 
 def _whole_files(folder: Path, allow_pickles: bool) -> tuple[Path, ...]:
-    for whole in (WHOLE_FILE, WHOLE_PICKLE):
-        names = shard_names(folder, whole)
-        if not names:
-            stem, suffix = whole.split(".")
-            shards = folder.glob(f"{stem}-*-of-*.{suffix}")  # whose index was lost
-            names = [whole] if (folder / whole).exists() else sorted(p.name for p in shards)
-        for name in names:
-            if not (folder / name).exists():
-                raise CheckpointError(
-                    f"'{folder}' lacks '{name}', which its index names; fetch it again"
-                )
-        if names and whole == WHOLE_PICKLE and not allow_pickles:
+    names = whole_names(folder)
+    for name in names:
+        if not (folder / name).is_file():
             raise CheckpointError(
-                f"'{folder}' holds no safetensors weights, only pickles such as '{names[0]}'; "
-                f"write them anew: vla2 models convert {folder} -o FOLDER"
+                f"'{folder}' lacks '{name}', which its index names; fetch it again"
             )
-        if names:
-            return tuple(folder / name for name in names)
-    raise CheckpointError(f"'{folder}' holds no safetensors weights")
+    if not names:
+        raise CheckpointError(
+            f"'{folder}' holds no weights: expected {WHOLE_FILE}, shards with an index, "
+            f"{PROJECTOR_FILES[1]} or {ADAPTER_FILES[1]}"
+        )
+    if names[0].endswith(".bin") and not allow_pickles:
+        raise CheckpointError(
+            f"'{folder}' holds no safetensors weights, only pickles such as '{names[0]}'; "
+            f"write them anew: vla2 models convert {folder} -o FOLDER"
+        )
+    return tuple(folder / name for name in names)
 
 
-def _find_base(folder: Path, raw: Mapping[str, Any], adapter: Path | None, source: Source) -> Path:
-    """Find the language model that a projector or an adapter was trained on."""
+def _find_base(folder: Path, source: Source) -> Path:
+    """Find the model that a projector or an adapter was trained on."""
+    raw = read_json(folder / "config.json")
     name = raw.get("_name_or_path")
-    if not name and adapter is not None:
-        name = read_json(adapter.with_name(ADAPTER_CONFIG)).get("base_model_name_or_path")
+    if not name and (folder / ADAPTER_CONFIG).exists():
+        name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise CheckpointError(
             f"'{folder}/config.json' has no _name_or_path, which names the language model that "
@@ -204,18 +210,29 @@ def _find_base(folder: Path, raw: Mapping[str, Any], adapter: Path | None, sourc
             f"'{folder}' builds on the language model '{name}': {error}; or set _name_or_path in "
             "its config.json to that model's folder"
         ) from error
-    found = str(read_json(base / "config.json").get("model_type"))
+    of_base = read_json(base / "config.json")
+    found = str(of_base.get("model_type"))
     family = found if found.startswith("videollama2") else f"videollama2_{found}"
-    if LANGUAGE_CONFIGS.get(family) is not LANGUAGE_CONFIGS[raw["model_type"]]:
+    if LANGUAGE_CONFIGS.get(family) is not LANGUAGE_CONFIGS.get(str(raw.get("model_type"))):
         raise CheckpointError(
-            f"'{folder}' is of type '{raw['model_type']}', but builds on '{base}' of type "
+            f"'{folder}' is of type '{raw.get('model_type')}', but builds on '{base}' of type "
             f"'{found}'; the two do not belong together"
+        )
+    if of_base.get("quantization_config"):
+        raise CheckpointError(
+            f"'{folder}' builds on '{base}', whose weights are quantised; it needs them as they "
+            "were before"
         )
     return base
 
 
+def _a(form: str) -> str:
+    return f"an {form}" if form[0] in "aeiou" else f"a {form}"
+
+
 def _holds_tower(layer: Layer) -> bool:
-    return any(key.startswith(TOWER_PREFIX) for path in layer.files for key in layer.shapes(path))
+    names = (public for path in layer.files for public, _, _ in layer.shapes(path))
+    return any(name.startswith(TOWER_PREFIX) for name in names)
 
 
 def _tower_layer(name: str, source: Source) -> Layer:

@@ -107,6 +107,11 @@ def read_config(folder: Path, tower_folder: Path) -> CheckpointConfig:
         num_tower_blocks=_tower_blocks(folder, raw, tower.num_hidden_layers),
         is_demo=bool(raw.get(DEMO_KEY, False)),
     )
+    if config.num_frames < config.connector.min_frames:
+        raise CheckpointError(
+            f"'{folder}/config.json': num_frames is {config.num_frames}, but its {projector_type} "
+            f"needs at least {config.connector.min_frames}"
+        )
     wanted = raw.get("mm_hidden_size", config.mm_hidden_size)
     if wanted != config.mm_hidden_size:
         raise CheckpointError(
@@ -118,7 +123,7 @@ def read_config(folder: Path, tower_folder: Path) -> CheckpointConfig:
 
 def tower_name(folder: Path, raw: Mapping[str, Any]) -> str:
     """Return the name of the vision tower in a config.json, under its present or older key."""
-    name = raw.get("mm_vision_tower", raw.get("vision_tower"))
+    name = raw.get("mm_vision_tower") or raw.get("vision_tower")
     if not isinstance(name, str) or not name:
         raise CheckpointError(
             f"'{folder}/config.json' names no mm_vision_tower; it is not a VideoLLaMA 2 checkpoint"
@@ -168,7 +173,7 @@ def _connector(
     if projector_type == "stc_connector" and isinstance(tower, SiglipVisionConfig):
         raise CheckpointError(
             f"'{folder}/config.json': mm_projector_type \"stc_connector\" beside a SigLIP tower, "
-            'where public checkpoints have "stc_connector_v35" with tensors of the same shapes; '
+            'where the public scripts have "stc_connector_v35" with tensors of the same shapes; '
             f'name that, or, if it was trained so, add "{PADDING_KEY}": 1'
         )
     return design
@@ -203,7 +208,7 @@ def _positive(folder: Path, raw: Mapping[str, Any], field: str, default: int) ->
     value = raw.get(field)
     if value is None:
         return default
-    if not isinstance(value, int) or value < 1:
+    if type(value) is not int or value < 1:
         raise CheckpointError(f"'{folder}/config.json': {field} is {value!r}, expected 1 or more")
     return value
 

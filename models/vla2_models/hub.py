@@ -14,6 +14,7 @@ from .files import read_json
 WHOLE_FILE = "model.safetensors"
 WHOLE_PICKLE = "pytorch_model.bin"
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TRAINABLES_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 
@@ -121,6 +122,24 @@ def shard_names(folder: Path, whole: str = WHOLE_FILE) -> list[str]:
     return names
 
 
+def whole_names(folder: Path) -> list[str]:
+    """List the weight files of a whole model, safetensors before pickles; none without any.
+
+    Raises:
+        CheckpointError: an index is not one, or names a file outside the folder.
+    """
+    for whole in (WHOLE_FILE, WHOLE_PICKLE):
+        names = shard_names(folder, whole)
+        if not names and (folder / whole).exists():
+            names = [whole]
+        if not names:  # shards may have lost their index
+            stem, suffix = whole.split(".")
+            names = sorted(path.name for path in folder.glob(f"{stem}-*-of-*.{suffix}"))
+        if names:
+            return names
+    return []
+
+
 def _locate_here(name: str, source: Source) -> Path | None:
     if not name:  # not the current folder
         return None
@@ -206,15 +225,19 @@ def _snapshot(name: str, revision: str | None, wanted: Wanted, *, cached_only: b
 
 
 def _is_whole_checkpoint(folder: Path) -> bool:
-    if not (folder / "config.json").exists():
-        return False
-    if first_of(folder, PROJECTOR_FILES + ADAPTER_FILES):
-        return True
     try:
-        names = shard_names(folder) or [WHOLE_FILE]
+        weights = whole_names(folder)
     except CheckpointError:
         return False
-    return all((folder / name).exists() for name in ("tokenizer_config.json", *names))
+    if weights:
+        needed = ["tokenizer_config.json", *weights]
+    elif first_of(folder, ADAPTER_FILES):
+        needed = [ADAPTER_CONFIG]
+    elif first_of(folder, PROJECTOR_FILES):
+        needed = []
+    else:
+        return False
+    return all((folder / name).exists() for name in ["config.json", *needed])
 
 
 def _is_described_tower(folder: Path) -> bool:

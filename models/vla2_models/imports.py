@@ -16,7 +16,8 @@ def nothing_from_the_hub() -> Iterator[None]:
     fetches from the hub, or warns that there is no such package.
     """
     logger = logging.getLogger("bitsandbytes")
-    hidden, level = sys.modules.get("kernels"), logger.level
+    level = logger.level
+    before = {name: module for name, module in sys.modules.items() if name == "kernels"}
     sys.modules["kernels"] = None  # type: ignore[assignment]  # how an import is made to fail
     logger.setLevel(logging.ERROR)
     try:
@@ -24,5 +25,4 @@ def nothing_from_the_hub() -> Iterator[None]:
     finally:
         logger.setLevel(level)
         del sys.modules["kernels"]
-        if hidden is not None:
-            sys.modules["kernels"] = hidden
+        sys.modules.update(before)

@@ -1,27 +1,34 @@
 """Weights on disk -> `VideoLLaMA2`, every tensor claimed once.
 
-Names, shapes and files are checked from the headers before a single weight is read, so that a
-wrong folder is refused in a moment, whatever its size.
+Names and shapes are checked from the headers before a weight is read, so that a wrong folder of
+safetensors is refused in a moment, whatever its size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor
+from torch import Tensor, nn
 
+from .adapter import adapter_shapes, merge_adapter, read_adapter_config
 from .checkpoint import Checkpoint
 from .config import CheckpointConfig
 from .errors import CheckpointError
-from .names import CONNECTOR_PREFIX, find_places
-from .tensors import Tensors, open_tensors, read_shapes
+from .names import CONNECTOR_PREFIX, Place, find_places
+from .tensors import open_tensors, read_shapes
 from .videollama2 import VideoLLaMA2
 
 Shape = tuple[int, ...]
+Settle = Callable[[str, nn.Module], None]
+
+LAYERS = "model.layers"  # of every language model here
+DECODER_LAYER = re.compile(rf"language_model\.({re.escape(LAYERS)}\.\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -45,14 +52,18 @@ def load_model(
     *,
     dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
+    settle: Settle | None = None,
 ) -> VideoLLaMA2:
     """Load the weights, ready for inference.
 
     Args:
         checkpoint: from `open_checkpoint`.
-        dtype: what the weights are cast to; None leaves each as it is stored. A tensor that
-            already has its dtype stays memory-mapped on the CPU.
+        dtype: what the weights are cast to; None leaves each as it is stored. A tensor of a
+            safetensors file that already has its dtype stays memory-mapped on the CPU, unless the
+            model has fused experts or its layers are settled.
         device: where they go.
+        settle: told each decoder layer of the language model and its name there, as soon as it is
+            loaded and before the next file is read, to bring it to its final form and place.
 
     Raises:
         CheckpointError: a tensor is missing, foreign, of another shape, held twice or not finite,
@@ -60,31 +71,26 @@ def load_model(
     """
     model = build_empty(checkpoint.config)
     claims = claim_tensors(checkpoint, model)
-    empty = model.state_dict()
-    places = find_places(empty)
-    state: dict[str, Tensor] = {}
-    # where parts are copied out of a file, nothing else may hold on to its pages
-    has_parts = any(place.part is not None for place in places.values())
-
-    def convert(claim: Claim, tensor: Tensor) -> Tensor:
-        is_copied = has_parts and places[claim.public].part is None
-        return tensor.to(device=device, dtype=dtype or tensor.dtype, copy=is_copied)
-
-    def fill(claim: Claim, tensor: Tensor) -> None:
-        place = places[claim.public]
-        if place.part is None:
-            state[place.parameter] = tensor
-            return
-        if place.parameter not in state:
-            whole = empty[place.parameter]
-            state[place.parameter] = torch.empty(whole.shape, dtype=tensor.dtype, device=device)
-        place.of(state).copy_(tensor)
-
-    _read(claims, convert, fill)
-    model.load_state_dict(state, assign=True)
+    layers = {f"{LAYERS}.{i}": layer for i, layer in enumerate(model.language_model.model.layers)}
+    weights = _Weights(model, claims, dtype, torch.device(device), is_copied=settle is not None)
+    for path, of_path in _by_path(claims).items():
+        with open_tensors(path) as tensors:
+            for claim in of_path:
+                weights.take(claim, tensors.get(claim.name))
+        if settle is not None and checkpoint.adapter is None:
+            for name in [name for name in layers if weights.is_complete(name)]:
+                layer = layers.pop(name)
+                weights.assign(f"language_model.{name}.", layer)
+                settle(name, layer.requires_grad_(False).eval())
+    weights.assign("", model)
+    model.requires_grad_(False).eval()
     if checkpoint.adapter is not None:
         _merge(checkpoint.adapter, model)
-    return model.requires_grad_(False).to(device).eval()
+    if settle is None:
+        return model.to(device)
+    for name, layer in layers.items():
+        settle(name, layer)
+    return model
 
 
 def check_weights(checkpoint: Checkpoint, *, values: bool = False) -> int:
@@ -104,7 +110,10 @@ def check_weights(checkpoint: Checkpoint, *, values: bool = False) -> int:
     model = build_empty(checkpoint.config)
     claims = claim_tensors(checkpoint, model)
     if values:
-        _read(claims, lambda _, tensor: tensor, lambda _claim, _tensor: None)
+        for path, of_path in _by_path(claims).items():
+            with open_tensors(path) as tensors:
+                for claim in of_path:
+                    _check_values(claim, tensors.get(claim.name))
     return sum(tensor.numel() for tensor in model.state_dict().values())
 
 
@@ -121,7 +130,7 @@ def claim_tensors(checkpoint: Checkpoint, model: VideoLLaMA2) -> list[Claim]:
     for layer in checkpoint.layers:
         found: dict[str, Claim] = {}
         for path in layer.files:
-            for public, (name, shape) in layer.shapes(path).items():
+            for public, name, shape in layer.shapes(path):
                 claim = Claim(path, name, public, shape)
                 if public in found:
                     raise CheckpointError(_held_twice(found[public], claim))
@@ -143,31 +152,90 @@ def claim_tensors(checkpoint: Checkpoint, model: VideoLLaMA2) -> list[Claim]:
     return list(claims.values())
 
 
-def _read(
-    claims: list[Claim],
-    convert: Callable[[Claim, Tensor], Tensor],
-    take: Callable[[Claim, Tensor], None],
-) -> None:
-    """Read the claimed tensors file by file, so that only one file's pages are held at a time."""
+class _Weights:
+    """The tensors of a model while they are read, under the model's own names."""
+
+    def __init__(
+        self,
+        model: VideoLLaMA2,
+        claims: Sequence[Claim],
+        dtype: torch.dtype | None,
+        device: torch.device,
+        *,
+        is_copied: bool,
+    ) -> None:
+        self.dtype = dtype
+        self.device = device
+        self.empty = model.state_dict()
+        self.places = find_places(self.empty)
+        self.state: dict[str, Tensor] = {}
+        # where most tensors are copied out of a file, nothing else may hold on to its pages
+        has_parts = any(place.part is not None for place in self.places.values())
+        self.is_copied = has_parts or is_copied
+        self.waiting = Counter(_layer_of(self.places[claim.public]) for claim in claims)
+
+    def take(self, claim: Claim, stored: Tensor) -> None:
+        """Check and cast a tensor, and put it where it belongs."""
+        place = self.places[claim.public]
+        is_copied = self.is_copied and place.part is None
+        tensor = stored.to(device=self.device, dtype=self.dtype or stored.dtype, copy=is_copied)
+        _check_values(claim, stored, tensor)
+        self.waiting[_layer_of(place)] -= 1
+        if place.part is None:
+            self.state[place.parameter] = tensor
+            return
+        whole = self.state.get(place.parameter)
+        if whole is None:
+            shape = self.empty[place.parameter].shape
+            whole = torch.empty(shape, dtype=tensor.dtype, device=self.device)
+            self.state[place.parameter] = whole
+        if whole.dtype != tensor.dtype:
+            raise CheckpointError(
+                f"'{claim.path}': tensor {claim.name} is {tensor.dtype}, other experts of its "
+                f"layer are {whole.dtype}; give a --dtype"
+            )
+        place.of(self.state).copy_(tensor)
+
+    def is_complete(self, layer: str) -> bool:
+        """Tell whether nothing of a decoder layer is still to come."""
+        return not self.waiting[layer]
+
+    def assign(self, prefix: str, module: nn.Module) -> None:
+        """Hand the tensors whose names begin so over to their module."""
+        names = [name for name in self.state if name.startswith(prefix)]
+        tensors = {name.removeprefix(prefix): self.state.pop(name) for name in names}
+        # claimed one by one; what is absent here was handed over before
+        unexpected = module.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
+        assert not unexpected, f"no place for {unexpected}"
+
+
+def _layer_of(place: Place) -> str:
+    """Name the decoder layer that a tensor belongs to, as in the language model; "" for none."""
+    found = DECODER_LAYER.match(place.parameter)
+    return found[1] if found else ""
+
+
+def _by_path(claims: Sequence[Claim]) -> dict[Path, list[Claim]]:
+    """Group claims by file, so that only one file's pages are held at a time."""
     by_path: dict[Path, list[Claim]] = {}
     for claim in claims:
         by_path.setdefault(claim.path, []).append(claim)
-    for path, of_path in by_path.items():
-        with open_tensors(path) as tensors:
-            for claim in of_path:
-                take(claim, _finite(claim, tensors, convert))
+    return by_path
 
 
-def _finite(claim: Claim, tensors: Tensors, convert: Callable[[Claim, Tensor], Tensor]) -> Tensor:
-    stored = tensors.get(claim.name)
-    tensor = convert(claim, stored)
-    if is_finite(tensor):
-        return tensor
+def _check_values(claim: Claim, stored: Tensor, cast: Tensor | None = None) -> None:
     where = f"'{claim.path}': tensor {claim.name}"
+    if not stored.is_floating_point():
+        raise CheckpointError(
+            f"{where} holds {stored.dtype}, expected floats; it is from a quantised model"
+        )
+    tensor = stored if cast is None else cast
+    if is_finite(tensor):
+        return
     if is_finite(stored):
         raise CheckpointError(
-            f"{where} holds values up to {float(stored.abs().max()):.3g}, which {tensor.dtype} "
-            "cannot; use bfloat16 or float32"
+            f"{where} holds values up to {float(stored.abs().max()):.3g}, beyond what "
+            f"{str(tensor.dtype).removeprefix('torch.')} can; use bfloat16 or float32"
         )
     kind = "NaN" if bool(stored.isnan().any()) else "infinite values"
     raise CheckpointError(f"{where} holds {kind}; the checkpoint is damaged, fetch it again")
@@ -211,8 +279,6 @@ def _part(public: str) -> str:
 
 
 def _check_adapter(path: Path, model: VideoLLaMA2) -> None:
-    from .adapter import adapter_shapes, read_adapter_config
-
     config = read_adapter_config(path.parent)
     try:
         wanted = adapter_shapes(model.language_model, config)
@@ -232,10 +298,15 @@ def _check_adapter(path: Path, model: VideoLLaMA2) -> None:
 
 
 def _merge(path: Path, model: VideoLLaMA2) -> None:
-    from .adapter import merge_adapter, read_adapter_config
-
-    adapted: dict[str, Tensor] = {}
-    shapes = read_shapes(path)
-    claims = [Claim(path, name, name, shape) for name, shape in shapes.items()]
-    _read(claims, lambda _, tensor: tensor, lambda claim, t: adapted.update({claim.name: t}))
-    merge_adapter(model.language_model, read_adapter_config(path.parent), adapted)
+    tensors: dict[str, Tensor] = {}
+    with open_tensors(path) as file:
+        for name, shape in read_shapes(path).items():
+            tensors[name] = file.get(name)
+            _check_values(Claim(path, name, name, shape), tensors[name])
+    merge_adapter(model.language_model, read_adapter_config(path.parent), tensors)
+    for name, weight in model.language_model.named_parameters():
+        if not is_finite(weight):
+            raise CheckpointError(
+                f"'{path}': merged into {name}, it gives values that are not finite; use bfloat16 "
+                "or float32"
+            )

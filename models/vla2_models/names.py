@@ -17,6 +17,7 @@ from torch import Tensor
 
 TOWER_PREFIX = "model.vision_tower.vision_tower.vision_model."
 CONNECTOR_PREFIX = "model.mm_projector."
+PEFT_PREFIX = "base_model.model."  # what peft writes before the name of a module it has wrapped
 
 # attribute of `VideoLLaMA2` -> how the public checkpoints begin its tensors' names
 PUBLIC_PREFIXES = {

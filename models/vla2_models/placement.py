@@ -12,8 +12,10 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 # where weights lie between two uses; every other device computes
@@ -26,6 +28,7 @@ def plan_placement(
     *,
     max_memory: Mapping[int | str, int] | None,
     reserved: int = 0,
+    headroom: int = 0,
 ) -> dict[str, int | str]:
     """Say on which device each part of a language model belongs.
 
@@ -34,18 +37,22 @@ def plan_placement(
         dtype: what the weights will be held in.
         max_memory: bytes that weights may take on each device, GPUs by their number and "cpu";
             one that is not named takes none. None: what is free now on all of them.
-        reserved: bytes of the first device that stay free, for the tower, the connector and
-            activations; nothing else is kept for those.
+        reserved: bytes of the first device that stay free, for the tower and the connector.
+        headroom: bytes that stay free on each device that computes, for activations, keys and
+            values; nothing else is kept for those.
 
     Returns:
-        Module name to GPU number, "cpu" or "disk". GPUs come first and share evenly, then "cpu",
-        then "disk"; where weights come and go, the largest layer has room besides.
+        Module name to GPU number, "cpu" or "disk". GPUs come first, as balanced as whole layers
+        allow, then "cpu", then "disk"; where weights come and go, the largest layer has room
+        besides.
     """
     from accelerate.utils import get_balanced_memory, get_max_memory, infer_auto_device_map
 
     limits = get_max_memory(None if max_memory is None else dict(max_memory))
-    for first in list(limits)[:1]:
-        limits[first] = max(0, limits[first] - reserved)
+    computing = [device for device in limits if device not in OFFLOADED] or list(limits)[:1]
+    for device in computing:
+        kept = headroom + (reserved if device == computing[0] else 0)
+        limits[device] = max(0, limits[device] - kept)
     whole = sorted(language_model._no_split_modules or ())
     balanced = get_balanced_memory(
         language_model, limits, no_split_module_classes=whole, dtype=dtype
@@ -60,53 +67,95 @@ def plan_placement(
         )
 
 
-def spread(
-    language_model: PreTrainedModel, device_map: Mapping[str, int | str], offload_dir: Path
-) -> None:
-    """Put loaded weights where the map says and hook the model so that it runs from there.
+class Placement:
+    """A plan that is carried out, part by part as the weights are loaded, then as a whole.
 
     Parts on "cpu" are computed there when no GPU takes part; otherwise they wait there, and are
     copied to the main device for each use. Parts on "disk" are written out and read for each use.
 
     Args:
-        language_model: weights on the CPU, perhaps memory-mapped, in their final dtype; quantized
-            ones cannot be on "disk", nor on "cpu" beside a GPU.
         device_map: from `plan_placement`; names every parameter once, or a module above it.
-        offload_dir: gets a file for each weight on "disk", and is left alone without any; for this
-            model alone, and needed as long as it runs.
+        offload_dir: gets a file for each weight on "disk"; for this model alone, and needed as
+            long as it runs.
     """
-    from accelerate import dispatch_model
 
-    if "" in device_map:
-        # accelerate would find no weight under the empty name, and write none to "disk"
-        device_map = {name: device_map[""] for name, _ in language_model.named_children()}
-    if "disk" in device_map.values():
-        # accelerate writes nothing where it finds an index, even that of another model
-        (offload_dir / "index.json").unlink(missing_ok=True)
-    with _without_remark():
-        dispatch_model(
-            language_model,
-            dict(device_map),
-            # its own choice among several GPUs is the first of a set
-            main_device=_main(device_map),
-            offload_dir=offload_dir,
-            # keys and values stay with their layer
-            skip_keys=sorted(language_model._skip_keys_device_placement or ()),
+    def __init__(self, device_map: Mapping[str, int | str], offload_dir: Path) -> None:
+        self.device_map = dict(device_map)
+        self.offload_dir = offload_dir
+        self._written: dict[str, Any] = {}  # accelerate's index of the files
+
+    @property
+    def main_device(self) -> torch.device:
+        """The device of the tower, the connector, ids, embeddings and logits."""
+        return (
+            torch.device("cuda", self._main)
+            if isinstance(self._main, int)
+            else torch.device(self._main)
         )
 
+    def settle(self, name: str, part: nn.Module) -> None:
+        """Put a part of the language model, just loaded on the CPU, where the plan says.
 
-def main_device(device_map: Mapping[str, int | str]) -> torch.device:
-    """Return the device of the tower, the connector, ids, embeddings and logits."""
-    main = _main(device_map)
-    return torch.device("cuda", main) if isinstance(main, int) else torch.device(main)
+        Args:
+            name: of the part in the language model; all of it lies on one device.
+            part: its weights are dropped here once they are on "disk".
+        """
+        device = self._device_of(name)
+        if device == "disk":
+            self._write(name, part)
+        elif device != "cpu":
+            part.to(device)
 
+    def spread(self, language_model: PreTrainedModel) -> None:
+        """Put what has not been settled where the plan says, and hook the model to run from there.
 
-def _main(device_map: Mapping[str, int | str]) -> int | str:
-    gpus = [device for device in device_map.values() if device not in OFFLOADED]
-    for name in ("model.embed_tokens", "model", ""):
-        if device_map.get(name) in gpus:
-            return device_map[name]
-    return gpus[0] if gpus else "cpu"
+        Args:
+            language_model: its other weights are on the CPU, perhaps memory-mapped.
+        """
+        from accelerate import dispatch_model
+        from accelerate.utils import save_offload_index
+
+        device_map = self.device_map
+        if "" in device_map:
+            # accelerate would find no weight under the empty name
+            device_map = {name: device_map[""] for name, _ in language_model.named_children()}
+        for name, device in device_map.items():
+            if device == "disk":
+                self._write(name, language_model.get_submodule(name))
+        if self._written:
+            save_offload_index(self._written, self.offload_dir)
+        with _without_remark():
+            dispatch_model(
+                language_model,
+                device_map,
+                # its own choice among several GPUs is the first of a set
+                main_device=self._main,
+                offload_dir=self.offload_dir,
+                # keys and values stay with their layer
+                skip_keys=sorted(language_model._skip_keys_device_placement or ()),
+            )
+
+    def _write(self, name: str, part: nn.Module) -> None:
+        from accelerate.utils import offload_weight, set_module_tensor_to_device
+
+        self.offload_dir.mkdir(parents=True, exist_ok=True)
+        for key, weight in list(part.named_parameters(remove_duplicate=False)):
+            if not weight.is_meta:
+                offload_weight(weight, f"{name}.{key}", self.offload_dir, self._written)
+                set_module_tensor_to_device(part, key, "meta")
+
+    def _device_of(self, name: str) -> int | str:
+        while name not in self.device_map and name:
+            name = name.rpartition(".")[0]
+        return self.device_map[name]
+
+    @property
+    def _main(self) -> int | str:
+        gpus = [device for device in self.device_map.values() if device not in OFFLOADED]
+        for name in ("model.embed_tokens", "model", ""):
+            if self.device_map.get(name) in gpus:
+                return self.device_map[name]
+        return gpus[0] if gpus else "cpu"
 
 
 @contextmanager

@@ -14,11 +14,11 @@ from __future__ import annotations
 import importlib.util
 import logging
 from types import ModuleType
+from typing import cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.modeling_utils import PreTrainedModel
 
 from .errors import CheckpointError
 from .imports import nothing_from_the_hub
@@ -56,40 +56,32 @@ def check_quantization(
         _check_cuda(name, device)
 
 
-def quantize(
-    language_model: PreTrainedModel,
-    name: str,
-    *,
-    compute_dtype: torch.dtype,
-    device: torch.device,
+def quantize_layer(
+    layer: nn.Module, name: str, *, compute_dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Replace the linear layers of the decoder layers, one at a time, by quantized ones.
+    """Replace the linear layers of a decoder layer, one at a time, by quantized ones.
 
     Args:
-        language_model: weights on the CPU, perhaps memory-mapped; what is not quantized stays
-            there.
-        name: one of `QUANTIZATIONS`.
+        layer: weights on the CPU, perhaps memory-mapped; what is not quantized stays there.
+        name: one of `QUANTIZATIONS`, for which `check_quantization` had nothing to say.
         compute_dtype: what 4-bit weights are multiplied in. On a CPU with AVX512-BF16, bfloat16 is
             many times as fast as others. Fused experts take the dtype of their weights.
         device: where the quantized weights go, and stay: scales of experts follow no `.to`.
 
     On the CPU bitsandbytes takes up to seven times a bfloat16 weight while it packs it.
-
-    Raises:
-        ValueError, CheckpointError: as `check_quantization`.
     """
-    check_quantization(name, language_model.config, device)
     bitsandbytes = _import_bitsandbytes()
-    for layer in language_model.model.layers:
-        # names, not modules: whoever holds a module keeps its weight in full size
-        for path in [path for path, part in layer.named_modules() if type(part) is nn.Linear]:
-            if name == "4bit":
-                linear = _make_4bit(bitsandbytes, layer.get_submodule(path), compute_dtype, device)
-            else:
-                linear = _make_8bit(bitsandbytes, layer.get_submodule(path), device)
-            layer.set_submodule(path, linear)
-        for path in [path for path, weight in layer.named_parameters() if weight.ndim == 3]:
-            _quantize_experts(layer, path, device)
+
+    def make(linear: nn.Linear) -> nn.Linear:
+        if name == "4bit":
+            return _make_4bit(bitsandbytes, linear, compute_dtype, device)
+        return _make_8bit(bitsandbytes, linear, device)
+
+    # names, not modules: whoever holds a module keeps its weight in full size
+    for path in [path for path, part in layer.named_modules() if type(part) is nn.Linear]:
+        layer.set_submodule(path, make(cast("nn.Linear", layer.get_submodule(path))))
+    for path in [path for path, weight in layer.named_parameters() if weight.ndim == 3]:
+        _quantize_experts(layer, path, device)
 
 
 def _make_4bit(

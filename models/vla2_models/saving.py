@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -59,19 +58,30 @@ def save_checkpoint(
         CheckpointError: the folder is not empty, or cannot be written.
     """
     check_folder(folder)
+    is_new = not folder.exists()
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
-            whole = Path(aside, "whole")
-            whole.mkdir()
-            _write_json(whole / "config.json", public_config(checkpoint, model))
-            for name in TEXT_FILES:
-                if (checkpoint.text_folder / name).exists():
-                    shutil.copyfile(checkpoint.text_folder / name, whole / name)
-            save_weights(model, whole, max_shard_bytes=max_shard_bytes)
-            whole.replace(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            # within the folder itself, which may be a link or a disk of its own
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as aside:
+                _write(model, checkpoint, Path(aside), max_shard_bytes)
+                # without a config.json the folder is no checkpoint: it comes last
+                for path in sorted(Path(aside).iterdir(), key=lambda p: p.name == "config.json"):
+                    path.replace(folder / path.name)
+        except BaseException:
+            if is_new:
+                folder.rmdir()
+            raise
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"'{folder}' cannot be written: {error}") from error
+
+
+def _write(model: VideoLLaMA2, checkpoint: Checkpoint, folder: Path, max_shard_bytes: int) -> None:
+    _write_json(folder / "config.json", public_config(checkpoint, model))
+    for name in TEXT_FILES:
+        if (checkpoint.text_folder / name).exists():
+            shutil.copyfile(checkpoint.text_folder / name, folder / name)
+    save_weights(model, folder, max_shard_bytes=max_shard_bytes)
 
 
 def check_folder(folder: Path) -> None:
@@ -90,15 +100,17 @@ def public_config(checkpoint: Checkpoint, model: VideoLLaMA2) -> dict[str, Any]:
     # weights that were loaded are no longer quantised
     for key in ("quantization_config", "dtype", "rope_parameters"):
         raw.pop(key, None)
-    rope = checkpoint.config.language.rope_parameters
-    assert rope is not None
-    dtype: torch.dtype = model.language_model.lm_head.weight.dtype
-    return {
+    rope = dict(checkpoint.config.language.rope_parameters or {})
+    config = {
         **raw,
-        "rope_theta": rope["rope_theta"],
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "rope_theta": rope.pop("rope_theta"),
+        "torch_dtype": str(model.language_model.lm_head.weight.dtype).removeprefix("torch."),
         "tune_mm_mlp_adapter": False,
     }
+    if rope.get("rope_type", "default") != "default":
+        # the older key for the kind is "type"
+        config["rope_scaling"] = {**rope, "type": rope["rope_type"]}
+    return config
 
 
 def save_weights(

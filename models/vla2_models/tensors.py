@@ -48,9 +48,6 @@ class Tensors(Protocol):
     def shape(self, key: str) -> tuple[int, ...]:
         """Return a tensor's shape; nothing of its content is read."""
 
-    def dtype(self, key: str) -> torch.dtype:
-        """Return a tensor's dtype as stored."""
-
     def get(self, key: str) -> Tensor:
         """Return a tensor, on the CPU; memory-mapped where the file allows."""
 
@@ -64,9 +61,6 @@ class _Safetensors:
 
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._file.get_slice(key).get_shape())
-
-    def dtype(self, key: str) -> torch.dtype:
-        return self.get(key).dtype  # a view of the mapped file, so nothing is read
 
     def get(self, key: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(key)
@@ -82,9 +76,6 @@ class _Pickled:
 
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._content[key].shape)
-
-    def dtype(self, key: str) -> torch.dtype:
-        return self._content[key].dtype
 
     def get(self, key: str) -> Tensor:
         return self._content[key]

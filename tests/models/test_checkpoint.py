@@ -114,6 +114,26 @@ def test_config_decides_where_a_folder_holds_both(own, is_tuned, form):
     assert open_own(folder).form == form
 
 
+def lose_index(folder):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for i, keys in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), start=1):
+        shard = {key: tensors[key] for key in keys}
+        write_tensors(folder, shard, f"model-{i:05}-of-00002.safetensors")
+
+
+@pytest.mark.parametrize("hide", [lambda folder: to_pickles(folder, 1), lose_index])
+def test_projector_beside_any_whole_model_does_not_replace_it(own, hide):
+    # its own language model would be ignored without a word
+    folder = own(WHOLE)
+    projector = golden(f"checkpoints/{BASE}/mm_projector.bin")
+    shutil.copyfile(projector, folder / "mm_projector.bin")
+    hide(folder)
+    checkpoint = open_own(folder, allow_pickles=True)
+    assert checkpoint.form == "whole"
+    assert {path.parent for path in checkpoint.weight_files()} == {folder}
+
+
 @pytest.mark.parametrize("case", [BASE, LORA])
 def test_small_forms_take_tower_and_language_model_as_they_are(case):
     checkpoint = open_golden(case)
@@ -155,6 +175,69 @@ def test_adapter_on_a_whole_checkpoint_keeps_its_own_projector(own):
     of_base = load_file(base / "model.safetensors")
     embedding = "embeddings.class_embedding"
     assert torch.equal(state[f"vision_tower.{embedding}"], of_base[TOWER_PREFIX + embedding])
+
+
+def test_adapter_on_a_projector_builds_on_all_of_it(own):
+    folder = own(LORA)
+    base = folder.parent / "base"
+    shutil.copytree(golden(f"checkpoints/{BASE}/mm_projector.bin").parent, base)
+    change_json(folder / "config.json", _name_or_path=str(base))
+    (folder / "non_lora_trainables.bin").unlink()
+    checkpoint = open_own(folder)
+    assert checkpoint.text_folder.name == "Mistral-tiny-open"
+    found, expected = (
+        load_model(checkpoint).state_dict(),
+        load_model(open_golden(LORA)).state_dict(),
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("case", "other"), [(LORA, LORA), (BASE, BASE), (BASE, LORA)])
+def test_form_that_cannot_be_built_upon_is_refused(own, case, other):
+    folder = own(case)
+    base = folder.parent / "base"
+    shutil.copytree(golden(f"checkpoints/{other}/config.json").parent, base)
+    change_json(folder / "config.json", _name_or_path=str(base))
+    line = refusal(folder)
+    assert f"'{folder}' builds on '{base}', which is no language model" in line
+    assert line.endswith(f"vla2 models convert {base} -o FOLDER")
+
+
+def test_base_whose_weights_are_quantised_is_refused(own):
+    # int8 weights have the names and shapes of the floats they stand for
+    folder = own(BASE)
+    base = folder.parents[1] / "hub" / LANGUAGE
+    change_json(base / "config.json", quantization_config={"load_in_8bit": True})
+    assert f"builds on '{base}', whose weights are quantised" in refusal(folder)
+
+
+def test_weights_that_are_no_floats_are_refused(own):
+    folder = own(BASE)
+    base = folder.parents[1] / "hub" / LANGUAGE
+    tensors = load_file(base / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    write_tensors(base, tensors | {name: tensors[name].to(torch.int8)})
+    assert f"tensor {name} holds torch.int8, expected floats" in refusal(folder)
+
+
+def test_tensor_under_two_names_of_a_file_is_held_twice(own):
+    folder = own(LORA)
+    path = folder / "non_lora_trainables.bin"
+    tensors = torch.load(path, weights_only=True)
+    name = "model.mm_projector.readout.2.bias"
+    torch.save(tensors | {name: torch.zeros(128)}, path)
+    assert f"tensor {name} is held twice" in refusal(folder)
+
+
+def test_merge_that_overflows_is_refused(own):
+    folder = own(LORA)
+    path = folder / "adapter_model.bin"
+    tensors = torch.load(path, weights_only=True)
+    for name in list(tensors)[:2]:
+        tensors[name].fill_(1e3)
+    torch.save(tensors, path)
+    with pytest.raises(CheckpointError, match=r"merged into model\.layers\.0\..* not finite"):
+        load_model(open_own(folder), dtype=torch.float16)
 
 
 def test_adapters_base_is_read_from_its_own_config_where_the_other_names_none(own):

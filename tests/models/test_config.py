@@ -130,7 +130,8 @@ def test_missing_tower_is_refused(folder):
 
 def test_older_key_of_the_tower_is_read(folder):
     name = read(folder).mm_vision_tower
-    change_json(folder / "config.json", mm_vision_tower=None, vision_tower=name)
+    config = read_json(folder / "config.json") | {"mm_vision_tower": None, "vision_tower": name}
+    write_json(folder / "config.json", config)
     assert read(folder).mm_vision_tower == name
 
 
@@ -141,10 +142,16 @@ def test_tower_of_another_width_is_refused(folder):
     assert "is 48 wide" in line
 
 
-@pytest.mark.parametrize("num_frames", [0, -8, "8", 8.5], ids=repr)
+@pytest.mark.parametrize("num_frames", [0, -8, "8", 8.5, True], ids=repr)
 def test_number_of_frames_that_is_none_is_refused(folder, num_frames):
     change_json(folder / "config.json", num_frames=num_frames)
     assert f"num_frames is {num_frames!r}, expected 1 or more" in refusal(folder)
+
+
+def test_fewer_frames_than_the_connector_joins_are_refused(folder):
+    change_json(folder / "config.json", num_frames=1, mm_projector_type="stc_connector_v35")
+    line = refusal(folder)
+    assert "num_frames is 1, but its stc_connector_v35 needs at least 2" in line
 
 
 def test_missing_number_of_frames_is_eight(folder):

@@ -1,4 +1,5 @@
 import shutil
+from fnmatch import fnmatch
 
 import pytest
 from huggingface_hub import constants
@@ -6,7 +7,7 @@ from huggingface_hub import constants
 from tests.tiny import write_json, write_tiny
 from vla2_models.checkpoint import open_checkpoint
 from vla2_models.errors import CheckpointError
-from vla2_models.hub import TOWER, Source, locate, shard_names
+from vla2_models.hub import CHECKPOINT, TOWER, TOWER_WITH_WEIGHTS, Source, locate, shard_names
 from vla2_models.miniature import MODEL_ID, TOWER_ID
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -126,6 +127,71 @@ def test_snapshot_without_its_single_weight_file_is_as_good_as_none(hub_cache, h
     snapshot = fill_cache(hub_cache, hub_dir, MODEL_ID)
     (snapshot / "model.safetensors").unlink()
     assert "is not fetched offline" in refusal(MODEL_ID, Source(offline=True))
+
+
+def to_small_form(snapshot, names):
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "tokenizer_config.json").unlink()
+    for name in names:
+        (snapshot / name).write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["mm_projector.bin"],
+        ["mm_projector.safetensors"],
+        ["adapter_model.bin", "adapter_config.json", "non_lora_trainables.bin"],
+    ],
+    ids=lambda names: names[0],
+)
+def test_small_form_needs_no_whole_model(hub_cache, hub_dir, names):
+    snapshot = fill_cache(hub_cache, hub_dir, MODEL_ID)
+    to_small_form(snapshot, names)
+    assert locate(MODEL_ID, Source(offline=True)).folder == snapshot
+
+
+def test_adapter_without_its_config_is_as_good_as_none(hub_cache, hub_dir):
+    to_small_form(fill_cache(hub_cache, hub_dir, MODEL_ID), ["adapter_model.bin"])
+    assert "is not fetched offline" in refusal(MODEL_ID, Source(offline=True))
+
+
+def test_projector_beside_an_index_does_not_make_up_for_its_shards(hub_cache, hub_dir):
+    snapshot = fill_cache(hub_cache, hub_dir, MODEL_ID)
+    to_small_form(snapshot, ["mm_projector.bin"])
+    weight_map = {"a": "model-00001-of-00002.safetensors"}
+    write_json(snapshot / "model.safetensors.index.json", {"weight_map": weight_map})
+    assert "is not fetched offline" in refusal(MODEL_ID, Source(offline=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "is_fetched"),
+    [
+        ("config.json", True),
+        ("model-00001-of-00004.safetensors", True),
+        ("vocab.json", True),
+        ("merges.txt", True),
+        ("tokenizer.model", True),
+        ("mm_projector.bin", True),
+        ("adapter_model.bin", True),
+        ("non_lora_trainables.bin", True),
+        ("pytorch_model.bin", False),
+        ("training_args.bin", False),
+        ("optimizer.pt", False),
+        ("modeling.py", False),
+    ],
+)
+def test_only_what_a_public_checkpoint_consists_of_is_fetched(name, is_fetched):
+    assert any(fnmatch(name, pattern) for pattern in CHECKPOINT.patterns) == is_fetched
+
+
+def test_tower_without_weights_is_whole_only_where_none_are_wanted(hub_cache, hub_dir):
+    snapshot = fill_cache(hub_cache, hub_dir, TOWER_ID)
+    offline = Source(offline=True)
+    assert locate(TOWER_ID, offline, wanted=TOWER).folder == snapshot
+    assert "fetched offline" in refusal(TOWER_ID, offline, wanted=TOWER_WITH_WEIGHTS)
+    (snapshot / "pytorch_model.bin").write_bytes(b"")
+    assert locate(TOWER_ID, offline, wanted=TOWER_WITH_WEIGHTS).folder == snapshot
 
 
 def test_tower_whose_preprocessor_was_not_fetched_is_as_good_as_none(hub_cache, hub_dir):

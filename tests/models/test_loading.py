@@ -17,7 +17,7 @@ from tests.tiny import (
     write_tiny,
 )
 from vla2_models.errors import CheckpointError
-from vla2_models.loading import check_weights
+from vla2_models.loading import check_weights, load_model
 
 LM_HEAD = "lm_head.weight"
 TOWER_KEY = "model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
@@ -156,7 +156,7 @@ def test_pickles_are_named_and_not_read(folder):
 
 def test_folder_without_weights_is_refused(folder):
     (folder / "model.safetensors").unlink()
-    assert refusal(folder).endswith("holds no safetensors weights")
+    assert "holds no weights: expected model.safetensors, shards with an index," in refusal(folder)
 
 
 def test_weights_of_other_config_are_refused_before_any_is_read(folder):
@@ -179,6 +179,44 @@ def test_sharded_checkpoint_equals_single_file(folder):
     sharded = load_tiny(folder).state_dict()
     assert sharded.keys() == single.keys()
     assert all(torch.equal(sharded[key], single[key]) for key in single)
+
+
+def test_layers_are_settled_as_soon_as_they_are_read(tmp_path):
+    folder = write_tiny(tmp_path, num_hidden_layers=3)
+    tensors = read_tensors(folder)
+    later = {key: tensors.pop(key) for key in list(tensors) if key.startswith("model.layers.2.")}
+    # a layer of two files is whole after the second
+    first_norm = "model.layers.0.input_layernorm.weight"
+    later[first_norm] = tensors.pop(first_norm)
+    damaged = later["model.layers.2.mlp.up_proj.weight"].fill_(float("nan"))
+    write_shards(folder, {"a.safetensors": tensors, "b.safetensors": later})
+    settled = []
+
+    def settle(name, layer):
+        assert not any(p.is_meta or p.requires_grad for p in layer.parameters())
+        settled.append(name)
+
+    with pytest.raises(CheckpointError, match="NaN"):
+        load_model(open_tiny(folder), settle=settle)
+    assert settled == ["model.layers.1"]
+    damaged.fill_(1)
+    write_shards(folder, {"a.safetensors": tensors, "b.safetensors": later})
+    settled.clear()
+    model = load_model(open_tiny(folder), settle=settle)
+    assert settled == [f"model.layers.{i}" for i in (1, 0, 2)]
+    whole = load_tiny(folder).state_dict()
+    assert all(torch.equal(t, whole[name]) for name, t in model.state_dict().items())
+
+
+def test_experts_of_two_dtypes_are_not_mixed(tmp_path):
+    mixtral = {"model_type": "videollama2_mixtral", "num_local_experts": 2}
+    folder = write_tiny(tmp_path, num_experts_per_tok=1, **mixtral)
+    tensors = read_tensors(folder)
+    name = "model.layers.0.block_sparse_moe.experts.0.w2.weight"
+    write_tensors(folder, tensors | {name: tensors[name].half()})
+    with pytest.raises(CheckpointError, match=r"other experts of its layer are .*; give a --dtype"):
+        load_model(open_tiny(folder), dtype=None)
+    assert load_tiny(folder).dtype == torch.float32
 
 
 def test_bfloat16_on_disk_loads_as_float32(folder):

@@ -1,4 +1,5 @@
 import logging
+from pathlib import Path
 
 import accelerate.hooks
 import pytest
@@ -6,7 +7,7 @@ import torch
 from accelerate import init_empty_weights
 
 from tests.tiny import FAMILIES, load_tiny, tiny_language_model, write_tiny
-from vla2_models.placement import main_device, plan_placement, spread
+from vla2_models.placement import Placement, plan_placement
 from vla2cli.config import GenerationSettings
 from vla2cli.engines.eager import generate
 
@@ -68,7 +69,7 @@ def is_whole(device_map, num_layers=3):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_model_split_over_memory_and_disk_says_what_the_whole_one_says(family, split, tmp_path):
     model = tiny_model(family)
-    spread(model, dict(zip(PARTS, SPLITS[split], strict=True)), tmp_path / "offload")
+    Placement(dict(zip(PARTS, SPLITS[split], strict=True)), tmp_path / "offload").spread(model)
     assert_says_the_same(model, tiny_model(family))
 
 
@@ -81,14 +82,14 @@ def test_model_with_little_memory_is_planned_onto_the_disk_and_says_the_same(
     size = sum(weight.nbytes for weight in model.parameters())
     device_map = plan_placement(model, dtype, max_memory={"cpu": size * 3 // 4})
     assert set(device_map.values()) == {"cpu", "disk"}
-    assert main_device(device_map) == torch.device("cpu")
-    spread(model, device_map, tmp_path)
+    assert Placement(device_map, tmp_path).main_device == torch.device("cpu")
+    Placement(device_map, tmp_path).spread(model)
     assert_says_the_same(model, tiny_model(family, dtype))
 
 
 def test_plain_forward_pass_gives_the_whole_models_logits(tmp_path):
     model, whole = tiny_model("qwen2"), tiny_model("qwen2")
-    spread(model, dict(zip(PARTS, SPLITS["end_on_disk"], strict=True)), tmp_path)
+    Placement(dict(zip(PARTS, SPLITS["end_on_disk"], strict=True)), tmp_path).spread(model)
     ids = PROMPTS[0][None]
     with torch.inference_mode():
         assert torch.equal(model(input_ids=ids).logits, whole(input_ids=ids).logits)
@@ -98,20 +99,20 @@ def test_plain_forward_pass_gives_the_whole_models_logits(tmp_path):
 def test_tied_embeddings_stay_equal_when_they_are_split(split, tmp_path):
     tied = {"tie_word_embeddings": True}
     model = tiny_model("qwen2", **tied)
-    spread(model, dict(zip(PARTS, SPLITS[split], strict=True)), tmp_path)
+    Placement(dict(zip(PARTS, SPLITS[split], strict=True)), tmp_path).spread(model)
     assert_says_the_same(model, tiny_model("qwen2", **tied))
 
 
 def test_memory_mapped_weights_can_go_to_the_disk(tmp_path):
     folder = write_tiny(tmp_path / "hub")
     model, whole = (load_tiny(folder).language_model for _ in range(2))
-    spread(model, {"model": "disk", "lm_head": "cpu"}, tmp_path / "offload")
+    Placement({"model": "disk", "lm_head": "cpu"}, tmp_path / "offload").spread(model)
     assert [row.ids for row in say(model)] == [row.ids for row in say(whole)]
 
 
 def test_weights_on_disk_are_not_in_memory(tmp_path):
     model = tiny_model("mixtral")
-    spread(model, {"model": "disk", "lm_head": "cpu"}, tmp_path)
+    Placement({"model": "disk", "lm_head": "cpu"}, tmp_path).spread(model)
     for _ in range(2):
         held = [name for name, weight in model.named_parameters() if not weight.is_meta]
         assert held == ["lm_head.weight"]
@@ -129,7 +130,9 @@ def test_nothing_is_written_outside_the_offload_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.chdir(tmp_path / "work")
     model = tiny_model("mistral")
-    spread(model, dict(zip(PARTS, SPLITS["end_on_disk"], strict=True)), tmp_path / "offload")
+    Placement(dict(zip(PARTS, SPLITS["end_on_disk"], strict=True)), tmp_path / "offload").spread(
+        model
+    )
     say(model)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.parent for path in files} == {tmp_path / "offload"}
@@ -139,7 +142,7 @@ def test_model_that_fits_is_left_whole_and_nothing_is_written(tmp_path):
     model = tiny_model("mistral")
     device_map = plan_placement(model, torch.float32, max_memory={"cpu": 2**30})
     assert device_map == {"": "cpu"}
-    spread(model, device_map, tmp_path / "offload")
+    Placement(device_map, tmp_path / "offload").spread(model)
     assert not any(weight.is_meta for weight in model.parameters())
     assert list(tmp_path.iterdir()) == []
     assert_says_the_same(model, tiny_model("mistral"))
@@ -148,15 +151,15 @@ def test_model_that_fits_is_left_whole_and_nothing_is_written(tmp_path):
 def test_weights_of_an_earlier_model_in_the_folder_are_not_taken(tmp_path):
     device_map = dict(zip(PARTS, SPLITS["all_on_disk"], strict=True))
     earlier = tiny_model("mistral", initializer_range=0.1)
-    spread(earlier, device_map, tmp_path)
+    Placement(device_map, tmp_path).spread(earlier)
     model = tiny_model("mistral")
-    spread(model, device_map, tmp_path)
+    Placement(device_map, tmp_path).spread(model)
     assert_says_the_same(model, tiny_model("mistral"))
 
 
 def test_spreading_says_nothing(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        spread(tiny_model("mistral"), {"model": "cpu", "lm_head": "disk"}, tmp_path)
+        Placement({"model": "cpu", "lm_head": "disk"}, tmp_path).spread(tiny_model("mistral"))
     assert caplog.records == []
 
 
@@ -193,8 +196,10 @@ def pretended_gpus(monkeypatch):
 def test_model_split_over_pretended_gpus_says_what_the_whole_one_says(family, devices, tmp_path):
     model = tiny_model(family)
     device_map = dict(zip(PARTS, devices, strict=True))
-    spread(model, device_map, tmp_path)
-    assert torch.device(model._hf_hook.execution_device) == main_device(device_map)
+    Placement(device_map, tmp_path).spread(model)
+    assert (
+        torch.device(model._hf_hook.execution_device) == Placement(device_map, tmp_path).main_device
+    )
     offloaded = [part for part, device in device_map.items() if device in ("cpu", "disk")]
     for name, weight in model.named_parameters():
         assert weight.is_meta == any(f"{name}.".startswith(f"{part}.") for part in offloaded)
@@ -207,8 +212,8 @@ def test_model_split_over_pretended_gpus_says_what_the_whole_one_says(family, de
 def test_model_split_over_a_gpu_memory_and_disk_says_what_the_whole_one_says(family, tmp_path):
     model, whole = tiny_model(family), tiny_model(family)
     device_map = dict(zip(PARTS, [0, 0, "cpu", "disk", 0, 0, "cpu"], strict=True))
-    spread(model, device_map, tmp_path)
-    main = main_device(device_map)
+    Placement(device_map, tmp_path).spread(model)
+    main = Placement(device_map, tmp_path).main_device
     found, expected = say(model, [ids.to(main) for ids in PROMPTS]), say(whole)
     assert [row.ids for row in found] == [row.ids for row in expected]
     assert found[0].first_logits.device == main
@@ -229,7 +234,7 @@ def test_gpus_share_evenly_and_no_layer_is_split(family):
     assert is_whole(device_map, 16)
     layer = sum(weight.nbytes for weight in model.model.layers[0].parameters())
     assert abs(sizes[0] - sizes[1]) < 4 * layer
-    assert main_device(device_map) == torch.device("cuda:0")
+    assert Placement(device_map, Path()).main_device == torch.device("cuda:0")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -256,6 +261,16 @@ def test_reserved_bytes_stay_free_on_the_first_device_alone():
     plain, kept = (sizes_of(model, plan) for plan in plans)
     assert plain[0] > size - reserved >= kept[0] > 0
     assert kept[1] == size - kept[0]
+
+
+def test_headroom_stays_free_on_every_device_that_computes():
+    model = empty_model("mistral", num_hidden_layers=16)
+    size = sum(weight.nbytes for weight in model.parameters())
+    limits = {0: size, 1: size, "cpu": size}
+    device_map = plan_placement(model, torch.float32, max_memory=limits, headroom=size * 3 // 4)
+    sizes = sizes_of(model, device_map)
+    assert max(sizes[0], sizes[1]) <= size // 4
+    assert sizes["cpu"] > size // 4
 
 
 def test_device_without_room_for_the_reserve_takes_nothing():
@@ -298,4 +313,4 @@ def test_machine_without_gpu_takes_a_small_model_into_memory():
     ids=str,
 )
 def test_main_device_holds_the_embedding_or_else_is_the_first_gpu(device_map, expected):
-    assert main_device(device_map) == torch.device(expected)
+    assert Placement(device_map, Path()).main_device == torch.device(expected)

@@ -9,7 +9,7 @@ from transformers import MistralConfig
 from tests.tiny import FAMILIES, load_tiny, tiny_language_model, write_tiny
 from vla2_models import quantize as module
 from vla2_models.errors import CheckpointError
-from vla2_models.quantize import QUANTIZATIONS, check_quantization, quantize
+from vla2_models.quantize import QUANTIZATIONS, check_quantization, quantize_layer
 from vla2cli.config import GenerationSettings
 from vla2cli.engines.eager import generate
 
@@ -37,6 +37,12 @@ SCALE_HALF_STEP = 0.9 / 64 / 2
 INT8_HALF_STEP = 0.5 / 127
 # between the logits of three random layers, quantized and not
 LEAST_COSINE = {"4bit": 0.95, "8bit": 0.999}
+
+
+def quantize(model, name, **kwargs):
+    check_quantization(name, model.config, kwargs["device"])
+    for layer in model.model.layers:
+        quantize_layer(layer, name, **kwargs)
 
 
 def tiny_model(family, dtype=torch.float32):

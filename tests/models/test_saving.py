@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,6 +128,19 @@ def test_settings_of_newer_configs_are_written_as_the_public_code_reads_them(fol
     assert not {"rope_parameters", "dtype"} & config.keys()
 
 
+def test_scaled_positions_are_written_in_the_older_form(folder, tmp_path):
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}
+    change_json(folder / "config.json", rope_theta=None, rope_parameters=rope)
+    save(folder, tmp_path / "out")
+    shutil.copytree(tmp_path / "out", folder.parent / "again")
+    found = open_tiny(folder.parent / "again").config.language.rope_parameters
+    # "type" is the older name of "rope_type"
+    assert found == open_tiny(folder).config.language.rope_parameters | {"type": "linear"}
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["rope_theta"] == 5e5
+    assert config["rope_scaling"]["type"] == "linear"
+
+
 def test_folder_that_is_not_empty_is_left_alone(folder, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -136,10 +150,19 @@ def test_folder_that_is_not_empty_is_left_alone(folder, tmp_path):
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
 
 
-def test_empty_folder_is_filled(folder, tmp_path):
-    (tmp_path / "out").mkdir()
-    save(folder, tmp_path / "out")
-    assert load_tiny_again(tmp_path / "out", folder)
+@pytest.mark.parametrize("kind", ["folder", "link", "here"])
+def test_empty_folder_is_filled(folder, tmp_path, monkeypatch, kind):
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "empty"
+    if kind == "link":
+        out = tmp_path / "out"
+        out.symlink_to(tmp_path / "empty")
+    if kind == "here":
+        monkeypatch.chdir(tmp_path / "empty")
+        out = Path()
+    save(folder, out)
+    assert load_tiny_again(tmp_path / "empty", folder)
+    assert not [path for path in (tmp_path / "empty").iterdir() if path.name.startswith(".")]
 
 
 def load_tiny_again(out, folder):

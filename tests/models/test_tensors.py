@@ -117,7 +117,7 @@ def test_shape_and_dtype_are_those_of_the_tensor(tmp_path, suffix):
     with open_tensors(path) as opened:
         assert sorted(opened.keys()) == ["a", "b"]
         assert [opened.shape(key) for key in "ab"] == [(5, 7), ()]
-        assert [opened.dtype(key) for key in "ab"] == [torch.bfloat16, torch.int64]
+        assert [opened.get(key).dtype for key in "ab"] == [torch.bfloat16, torch.int64]
         assert torch.equal(opened.get("b"), content["b"])
 
 
