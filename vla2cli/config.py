@@ -112,6 +112,17 @@ def resolve_generation(
             )
     saved_eos = saved.get("eos_token_id")
     eos = saved_eos if isinstance(saved_eos, list) else [saved_eos]
+    penalty = saved.get("repetition_penalty") or 1.0
+    numbers = {
+        "eos_token_id": (saved_eos, all(i is None or _is_count(i) for i in eos), "ids"),
+        "top_k": (saved.get("top_k"), _is_count(saved.get("top_k") or 0), "a count"),
+        "repetition_penalty": (penalty, _is_positive(penalty), "a number above 0"),
+    }
+    for field, (value, is_right, expected) in numbers.items():
+        if not is_right:
+            raise ModelError(
+                f"'{folder}': generation_config.json sets {field} to {value!r}, expected {expected}"
+            )
     is_sampled = choice.temperature > 0
     top_k = choice.top_k or saved.get("top_k", DEFAULT_TOP_K) or 0
     return GenerationSettings(
@@ -120,9 +131,17 @@ def resolve_generation(
         temperature=choice.temperature,
         top_p=(choice.top_p or DEFAULT_TOP_P) if is_sampled else 1.0,
         top_k=top_k if is_sampled else 0,
-        repetition_penalty=float(saved.get("repetition_penalty") or 1.0),
+        repetition_penalty=float(penalty),
         seed=choice.seed,
     )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _read_generation_config(folder: Path) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def format_size(num_bytes: int) -> str:
+def format_size(num_bytes: float) -> str:
     """Write a size as `14.5 GB` or `2.4 MB`."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 

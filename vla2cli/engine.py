@@ -26,6 +26,7 @@ from vla2cli.errors import ModelError, UsageError
 from vla2cli.frontend.eager import EagerFrontend
 from vla2cli.layout import Layout
 from vla2cli.media.records import Clip
+from vla2cli.media.sampling import MAX_FRAMES
 from vla2cli.preprocess import FrameGeometry, normalise
 from vla2cli.prompt import Prompt, Turn, build_prompt
 from vla2cli.tokenizer import Tokenizer, load_tokenizer
@@ -139,8 +140,18 @@ class Engine:
         Raises:
             CheckpointError, ModelError: one line about the first thing that is wrong.
         """
+        config = self.checkpoint.config
+        if config.num_frames > MAX_FRAMES:
+            raise ModelError(
+                f"'{config.folder}/config.json': num_frames is {config.num_frames}, the reference "
+                f"keeps at most {MAX_FRAMES}"
+            )
         # one token fits into any context: how many are wanted is not the checkpoint's fault
         _ = self.tokenizer, self.geometry, self.settings(GenerationChoice(max_new_tokens=1))
+        try:
+            self.prompt(Ask("What happens?", "video", None))
+        except ModelError as error:
+            raise ModelError(f"'{self.checkpoint.text_folder}': {error}") from error
         return check_weights(self.checkpoint)
 
     def load_weights(self) -> None:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from vla2_models.checkpoint import Checkpoint, open_checkpoint
-from vla2_models.errors import CheckpointError
 from vla2_models.files import read_json
 from vla2_models.hub import Source, folders_on_disk
 from vla2_models.public import find_public, public_checkpoints
 from vla2cli.console import format_size
 from vla2cli.engine import Engine
-from vla2cli.errors import ModelError
+from vla2cli.errors import one_line
 
 
 def describe_machine() -> list[str]:
@@ -41,18 +40,14 @@ def find_checkpoints(source: Source) -> Iterator[dict[str, Any]]:
     for name, folder in sorted(folders_on_disk(source.hub_dir).items()):
         try:
             raw = read_json(folder / "config.json")
-        except CheckpointError as error:
-            yield _unusable(name, folder, error)
-            continue
-        if "videollama2" not in str(raw.get("model_type")):
-            continue
-        try:
+            if "videollama2" not in str(raw.get("model_type")):
+                continue
             # by its folder: the name may mean another one, seen from the current folder
             checkpoint, num_parameters = check_headers(
                 str(folder), Source(source.hub_dir, offline=True)
             )
             yield describe_checkpoint(name, checkpoint, num_parameters)
-        except (CheckpointError, ModelError) as error:
+        except Exception as error:  # one folder must not end the list
             yield _unusable(name, folder, error)
 
 
@@ -100,12 +95,13 @@ def describe_checkpoint(name: str, checkpoint: Checkpoint, num_parameters: int) 
         "usable": True,
         "form": checkpoint.form,
         "model_type": config.model_type,
+        "language_model": None if checkpoint.form == "whole" else str(checkpoint.text_folder),
         "tower": config.mm_vision_tower,
         "connector": config.projector_type,
         "num_frames": config.num_frames,
         "visual_tokens": config.visual_tokens,
         "parameters": num_parameters,
-        "size": format_size(checkpoint.size_bytes),
+        "disk_gb": round(checkpoint.size_bytes / 1e9, 4),
         "memory_gb": _memory(name, num_parameters),
     }
 
@@ -115,7 +111,8 @@ def describe_line(found: Mapping[str, Any]) -> str:
     if not found.get("usable", True):
         return f"{found['id']}  cannot be used: {found['why']}"
     memory = found["memory_gb"]
-    place = f"here, {found['size']}" if found["on_disk"] else f"not here, {found['disk_gb']} GB"
+    size = format_size(found["disk_gb"] * 1e9)
+    place = f"here, {size}" if found["on_disk"] else f"not here, {size}"
     form = "" if found["form"] == "whole" else f"{found['form']} only, "
     return (
         f"{found['id']}  {place}; {form}{found['num_frames']} frames, {found['visual_tokens']} "
@@ -125,7 +122,7 @@ def describe_line(found: Mapping[str, Any]) -> str:
 
 
 def _unusable(name: str, folder: Path, error: Exception) -> dict[str, Any]:
-    why = str(error)
+    why = one_line(error) or type(error).__name__
     return {"id": name, "on_disk": True, "folder": str(folder), "usable": False, "why": why}
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -13,8 +17,6 @@ from vla2cli import options as opt
 from vla2cli.console import Console, count, format_size, print_data, print_text
 
 if TYPE_CHECKING:
-    import torch
-
     from vla2_models.checkpoint import Checkpoint
 
 LONG_BYTES = 1e9  # reading or writing more takes seconds: say so
@@ -115,16 +117,18 @@ def convert(
     from vla2_models.hub import Source
     from vla2_models.loading import load_model
     from vla2_models.saving import check_folder, save_checkpoint
+    from vla2cli.engine import DTYPES, Engine
 
     console = Console(quiet=quiet, verbose=verbose)
     check_folder(output)
     source = Source(hub_dir, offline, on_fetch=lambda id: console.note(f"fetching '{id}' …"))
     checkpoint = open_checkpoint(name, source, revision=revision, allow_pickles=True)
+    Engine(checkpoint, device="cpu").check()
     _note_reading(checkpoint, console)
-    save_checkpoint(load_model(checkpoint, dtype=_dtype(dtype)), checkpoint, output)
-    written = open_checkpoint(str(output), source)
-    if not (output / "tokenizer_config.json").exists():
-        console.note(f"vla2: {output}: there was no tokenizer to copy; put the model's own there")
+    with _cleaning_up():
+        save_checkpoint(load_model(checkpoint, dtype=DTYPES.get(dtype)), checkpoint, output)
+    # seen from here, whatever the folder's name may also mean
+    written = open_checkpoint(str(output.absolute()), source)
     console.note(
         f"{output}: {format_size(written.size_bytes)} in "
         f"{count(len(written.weight_files()), 'file')}"
@@ -136,10 +140,21 @@ def _note_reading(checkpoint: Checkpoint, console: Console) -> None:
         console.note(f"reading {format_size(checkpoint.size_bytes)} of weights …")
 
 
-def _dtype(name: str) -> torch.dtype | None:
-    from vla2cli.engine import DTYPES
+@contextmanager
+def _cleaning_up() -> Iterator[None]:
+    """Let a run that is ended from outside take away what it has begun."""
 
-    return DTYPES.get(name)
+    def end(signum: int, _frame: FrameType | None) -> None:
+        Console().note(f"vla2: ended by {signal.Signals(signum).name}; nothing was written")
+        raise SystemExit(128 + signum)
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {signum: signal.signal(signum, end) for signum in signals}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _show(found: dict[str, Any], json: bool) -> None:

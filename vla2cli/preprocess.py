@@ -5,6 +5,7 @@ The resize works on uint8 with an antialiased filter. Another resampler moves va
 the vision tower notices.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,13 +53,16 @@ class FrameGeometry:
         else:
             shortest_edge = None
             height, width = _height_width(size, "size")
+        image_std = _three(config.get("image_std", _CLIP_STD if is_clip else _HALF))
+        if not all(image_std):
+            raise ValueError(f"'image_std' is {list(image_std)}, expected numbers other than 0")
         return cls(
             height=height,
             width=width,
             shortest_edge=shortest_edge,
             image_mean=_three(config.get("image_mean", _CLIP_MEAN if is_clip else _HALF)),
-            image_std=_three(config.get("image_std", _CLIP_STD if is_clip else _HALF)),
-            rescale_factor=float(config.get("rescale_factor", 1 / 255)),
+            image_std=image_std,
+            rescale_factor=_number(config.get("rescale_factor", 1 / 255), "rescale_factor"),
             resample=_filter(config.get("resample", _BICUBIC)),
         )
 
@@ -189,8 +193,15 @@ def _positive(value: Any, name: str, expected: str) -> int:
 def _three(values: Any) -> tuple[float, float, float]:
     if not isinstance(values, Sequence) or len(values) != 3:
         raise ValueError(f"'image_mean' or 'image_std' is {values!r}, expected three numbers")
-    r, g, b = values
-    return float(r), float(g), float(b)
+    r, g, b = (_number(value, "image_mean' or 'image_std") for value in values)
+    return r, g, b
+
+
+def _number(value: Any, name: str) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        raise ValueError(f"'{name}' holds {value!r}, expected a number")
+    return float(value)
 
 
 def _filter(resample: Any) -> int:

@@ -196,6 +196,8 @@ def _load_llama(folder: Path, settings: dict[str, Any]) -> Tokenizer:
     if unk_token:
         added_ids.setdefault(unk_token, model.unk_id())
     for token in (bos_token, eos_token):
+        if token not in added_ids and model.piece_to_id(token) == model.unk_id():
+            raise ModelError(f"'{folder}': the token {token!r} of tokenizer_config.json has no id")
         added_ids.setdefault(token, model.piece_to_id(token))
     return Tokenizer(
         LlamaPieces(model),

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from .config import LANGUAGE_CONFIGS, CheckpointConfig, read_config, tower_name
@@ -166,7 +167,7 @@ def _find_layers(
     if base_form == "adapter" or (base_form, form) == ("projector", "projector"):
         raise CheckpointError(
             f"'{folder}' builds on '{base}', which is no language model but {_a(base_form)}; write "
-            f"that one whole first: vla2 models convert {base} -o FOLDER"
+            f"that one whole first: vla2 models convert {quote(str(base))} -o FOLDER"
         )
     below, text_folder = _find_layers(base, base_form, source, allow_pickles)
     return [layer, *(replace(other, is_own=False) for other in below)], text_folder
@@ -175,7 +176,7 @@ def _find_layers(
 def _whole_files(folder: Path, allow_pickles: bool) -> tuple[Path, ...]:
     names = whole_names(folder)
     for name in names:
-        if not (folder / name).is_file():
+        if not (folder / name).exists():
             raise CheckpointError(
                 f"'{folder}' lacks '{name}', which its index names; fetch it again"
             )
@@ -187,7 +188,7 @@ def _whole_files(folder: Path, allow_pickles: bool) -> tuple[Path, ...]:
     if names[0].endswith(".bin") and not allow_pickles:
         raise CheckpointError(
             f"'{folder}' holds no safetensors weights, only pickles such as '{names[0]}'; "
-            f"write them anew: vla2 models convert {folder} -o FOLDER"
+            f"write them anew: vla2 models convert {quote(str(folder))} -o FOLDER"
         )
     return tuple(folder / name for name in names)
 
@@ -207,8 +208,8 @@ def _find_base(folder: Path, source: Source) -> Path:
         base = locate(name, source).folder
     except CheckpointError as error:
         raise CheckpointError(
-            f"'{folder}' builds on the language model '{name}': {error}; or set _name_or_path in "
-            "its config.json to that model's folder"
+            f"'{folder}' builds on the language model '{name}': {error} (or set _name_or_path in "
+            "its config.json to that model's folder)"
         ) from error
     of_base = read_json(base / "config.json")
     found = str(of_base.get("model_type"))

@@ -7,12 +7,12 @@ train.py and model/videollama2_arch.py, `initialize_vision_modules`.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CLIPVisionConfig,
     MistralConfig,
@@ -32,6 +32,29 @@ PADDING_KEY = "mm_projector_padding"  # of the downsampler, where the projector'
 
 LanguageConfig = MistralConfig | MixtralConfig | Qwen2Config
 TowerConfig = CLIPVisionConfig | SiglipVisionConfig
+
+# what a number may be; far beyond any real model, so that a slip is met before it fills the memory
+_WIDTH, _COUNT = range(1, 2**20), range(1, 2**10)
+LANGUAGE_NUMBERS: Mapping[str, range] = {
+    "hidden_size": _WIDTH,
+    "intermediate_size": _WIDTH,
+    "vocab_size": range(1, 2**24),
+    "num_hidden_layers": _COUNT,
+    "num_attention_heads": _COUNT,
+    "num_key_value_heads": _COUNT,
+    "head_dim": _WIDTH,
+    "num_local_experts": _COUNT,
+    "max_position_embeddings": range(1, 2**31),
+    "sliding_window": range(1, 2**31),
+}
+TOWER_NUMBERS: Mapping[str, range] = {
+    "hidden_size": _WIDTH,
+    "intermediate_size": _WIDTH,
+    "num_hidden_layers": _COUNT,
+    "num_attention_heads": _COUNT,
+    "image_size": range(1, 2**14),
+    "patch_size": range(1, 2**14),
+}
 
 # `model_type` in config.json -> the language model inside
 LANGUAGE_CONFIGS: Mapping[str, type[LanguageConfig]] = {
@@ -53,6 +76,7 @@ TOWER_CONFIGS: Mapping[str, type[TowerConfig]] = {
 class CheckpointConfig:
     """The facts about one checkpoint that the networks and the prompt need."""
 
+    folder: Path  # with config.json
     model_type: str  # as in config.json
     language: LanguageConfig
     vision: TowerConfig
@@ -73,7 +97,7 @@ class CheckpointConfig:
     @property
     def num_patches(self) -> int:
         """Patch features of one frame."""
-        # both may be pairs for transformers; a tower of this model has numbers
+        # both may be pairs for transformers; they were checked to be numbers
         image_size, patch_size = self.vision.image_size, self.vision.patch_size
         assert isinstance(image_size, int)
         assert isinstance(patch_size, int)
@@ -96,6 +120,7 @@ def read_config(folder: Path, tower_folder: Path) -> CheckpointConfig:
     _refuse_unsupported(folder, raw)
     tower = _tower_config(tower_folder)
     config = CheckpointConfig(
+        folder=folder,
         model_type=raw["model_type"],
         language=_language_config(folder, raw),
         vision=tower,
@@ -115,7 +140,7 @@ def read_config(folder: Path, tower_folder: Path) -> CheckpointConfig:
     wanted = raw.get("mm_hidden_size", config.mm_hidden_size)
     if wanted != config.mm_hidden_size:
         raise CheckpointError(
-            f"'{folder}': mm_hidden_size is {wanted}, but its tower '{config.mm_vision_tower}' "
+            f"'{folder}': mm_hidden_size is {wanted!r}, but its tower '{config.mm_vision_tower}' "
             f"in '{tower_folder}' is {config.mm_hidden_size} wide; the folder mixes two models"
         )
     return config
@@ -136,6 +161,14 @@ def _language_config(folder: Path, raw: Mapping[str, Any]) -> LanguageConfig:
     # one would leave Mixtral's experts random without a word
     fields = {key: value for key, value in raw.items() if key != "model_type"}
     config: LanguageConfig = _parse(LANGUAGE_CONFIGS[raw["model_type"]], fields, folder)
+    experts = {"num_experts_per_tok": range(1, getattr(config, "num_local_experts", 0) + 1)}
+    _check_numbers(folder, config, {**LANGUAGE_NUMBERS, **experts})
+    theta = (config.rope_parameters or {}).get("rope_theta")
+    for name, value in {"rope_theta": theta, "rms_norm_eps": config.rms_norm_eps}.items():
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise CheckpointError(
+                f"'{folder}/config.json': {name} is {value!r}, expected a number above 0"
+            )
     return config
 
 
@@ -149,6 +182,7 @@ def _tower_config(folder: Path) -> TowerConfig:
             "CLIP or SigLIP"
         )
     config: TowerConfig = _parse(TOWER_CONFIGS[model_type], vision, folder)
+    _check_numbers(folder, config, TOWER_NUMBERS)
     return config
 
 
@@ -179,11 +213,22 @@ def _connector(
     return design
 
 
+def _check_numbers(folder: Path, config: Any, fields: Mapping[str, range]) -> None:
+    for name, allowed in fields.items():
+        value = getattr(config, name, None)
+        if value is not None and (type(value) is not int or value not in allowed):
+            raise CheckpointError(
+                f"'{folder}/config.json': {name} is {value!r}, expected {allowed.start} to "
+                f"{allowed.stop - 1:,}"
+            )
+
+
 def _parse(config_class: Any, fields: Mapping[str, Any], folder: Path) -> Any:
     try:
         return config_class.from_dict(dict(fields))
-    except (AttributeError, TypeError, ValueError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:
+        # the classes of transformers check their fields in many ways, and some by failing
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"'{folder}/config.json' is not understood: {reason}") from error
 
 
@@ -216,7 +261,7 @@ def _positive(folder: Path, raw: Mapping[str, Any], field: str, default: int) ->
 def _tower_blocks(folder: Path, raw: Mapping[str, Any], num_layers: int) -> int:
     select_layer = raw.get("mm_vision_select_layer", -1)
     num_states = num_layers + 1  # the embeddings count as state 0
-    if not isinstance(select_layer, int) or not -num_states <= select_layer < num_states:
+    if type(select_layer) is not int or not -num_states <= select_layer < num_states:
         raise CheckpointError(
             f"'{folder}/config.json': mm_vision_select_layer is {select_layer!r}, "
             f"but the tower has {num_layers} layers"

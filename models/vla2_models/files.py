@@ -9,17 +9,32 @@ from typing import Any
 from .errors import CheckpointError
 
 
+def check_readable(path: Path) -> None:
+    """Check that a file can be opened: a pipe would wait, and libraries say little of the cause.
+
+    Raises:
+        CheckpointError: it is absent, no plain file, or may not be read.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"'{path}' cannot be read: it is no plain file")
+        path.open("rb").close()
+    except FileNotFoundError:
+        raise CheckpointError(f"'{path.parent}' has no {path.name}") from None
+    except OSError as error:
+        raise CheckpointError(f"'{path}' cannot be read: {error.strerror}") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file of a checkpoint.
 
     Raises:
         CheckpointError: the file is absent, unreadable or no JSON object.
     """
+    check_readable(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"'{path.parent}' has no {path.name}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"'{path}' cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"'{path}' holds a {type(content).__name__}, expected an object")

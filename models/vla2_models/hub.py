@@ -72,6 +72,8 @@ def locate(
             )
         return Located(name, local, None)
     if not _is_hub_id(name):
+        if os.path.isfile(os.path.expanduser(name)):  # noqa: PTH111, PTH113  any text is a name
+            raise CheckpointError(f"'{name}' is a file; give the folder that holds it")
         raise CheckpointError(
             f"'{name}' does not exist; give a folder, or a hub id like 'owner/name'"
         )
@@ -146,7 +148,8 @@ def _locate_here(name: str, source: Source) -> Path | None:
     candidates = [Path(os.path.expanduser(name))]  # noqa: PTH111  '~nobody' stays as it is
     if source.hub_dir is not None:
         candidates.append(source.hub_dir / name)
-    return next((path for path in candidates if path.is_dir()), None)
+    # a name may be longer than any file's, or lead where we may not look
+    return next((path for path in candidates if os.path.isdir(path)), None)  # noqa: PTH112
 
 
 def _in_hub_dir(hub_dir: Path | None) -> dict[str, Path]:

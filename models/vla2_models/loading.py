@@ -42,9 +42,21 @@ class Claim:
 
 
 def build_empty(config: CheckpointConfig) -> VideoLLaMA2:
-    """Build the networks with parameters on the meta device and true buffers."""
-    with init_empty_weights():
-        return VideoLLaMA2(config)
+    """Build the networks with parameters on the meta device and true buffers.
+
+    Raises:
+        CheckpointError: there is no such network.
+    """
+    try:
+        with init_empty_weights():
+            return VideoLLaMA2(config)
+    except Exception as error:
+        # a setting of the wrong size or name is met anywhere in transformers, as anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(
+            f"'{config.folder}/config.json' or its tower's describes no network that can be built "
+            f"({reason}); take it from the original again"
+        ) from error
 
 
 def load_model(
@@ -114,6 +126,8 @@ def check_weights(checkpoint: Checkpoint, *, values: bool = False) -> int:
             with open_tensors(path) as tensors:
                 for claim in of_path:
                     _check_values(claim, tensors.get(claim.name))
+        if checkpoint.adapter is not None:
+            _read_adapter(checkpoint.adapter)
     return sum(tensor.numel() for tensor in model.state_dict().values())
 
 
@@ -178,6 +192,7 @@ class _Weights:
         """Check and cast a tensor, and put it where it belongs."""
         place = self.places[claim.public]
         is_copied = self.is_copied and place.part is None
+        _check_floats(claim, stored)
         tensor = stored.to(device=self.device, dtype=self.dtype or stored.dtype, copy=is_copied)
         _check_values(claim, stored, tensor)
         self.waiting[_layer_of(place)] -= 1
@@ -223,12 +238,17 @@ def _by_path(claims: Sequence[Claim]) -> dict[Path, list[Claim]]:
     return by_path
 
 
-def _check_values(claim: Claim, stored: Tensor, cast: Tensor | None = None) -> None:
-    where = f"'{claim.path}': tensor {claim.name}"
+def _check_floats(claim: Claim, stored: Tensor) -> None:
     if not stored.is_floating_point():
         raise CheckpointError(
-            f"{where} holds {stored.dtype}, expected floats; it is from a quantised model"
+            f"'{claim.path}': tensor {claim.name} holds {stored.dtype}, expected floats; a "
+            "quantised model cannot be read, only the one it was made from"
         )
+
+
+def _check_values(claim: Claim, stored: Tensor, cast: Tensor | None = None) -> None:
+    where = f"'{claim.path}': tensor {claim.name}"
+    _check_floats(claim, stored)
     tensor = stored if cast is None else cast
     if is_finite(tensor):
         return
@@ -297,13 +317,18 @@ def _check_adapter(path: Path, model: VideoLLaMA2) -> None:
         raise CheckpointError(_missing(path, missing, wanted))
 
 
-def _merge(path: Path, model: VideoLLaMA2) -> None:
+def _read_adapter(path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     with open_tensors(path) as file:
         for name, shape in read_shapes(path).items():
             tensors[name] = file.get(name)
             _check_values(Claim(path, name, name, shape), tensors[name])
-    merge_adapter(model.language_model, read_adapter_config(path.parent), tensors)
+    return tensors
+
+
+def _merge(path: Path, model: VideoLLaMA2) -> None:
+    config = read_adapter_config(path.parent)
+    merge_adapter(model.language_model, config, _read_adapter(path))
     for name, weight in model.language_model.named_parameters():
         if not is_finite(weight):
             raise CheckpointError(

@@ -8,6 +8,7 @@ public code computes with its defaults, and would rename tensors.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ from .hub import WHOLE_FILE
 from .names import find_places
 from .videollama2 import VideoLLaMA2
 
+UNFINISHED = ".unfinished-"  # how the folder begins that is written first
 MAX_SHARD_BYTES = 5 * 10**9
 TEXT_FILES = (
     "generation_config.json",
@@ -63,7 +65,7 @@ def save_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
         try:
             # within the folder itself, which may be a link or a disk of its own
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as aside:
+            with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as aside:
                 _write(model, checkpoint, Path(aside), max_shard_bytes)
                 # without a config.json the folder is no checkpoint: it comes last
                 for path in sorted(Path(aside).iterdir(), key=lambda p: p.name == "config.json"):
@@ -85,13 +87,27 @@ def _write(model: VideoLLaMA2, checkpoint: Checkpoint, folder: Path, max_shard_b
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that already holds something.
+    """Refuse a folder that holds something or cannot be written, before anything is read.
 
     Raises:
         CheckpointError: naming it.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"'{folder}' exists already; give a new folder, or empty it first")
+    try:
+        if folder.is_dir():
+            names = [path.name for path in folder.iterdir()]
+            is_left = all(name.startswith(UNFINISHED) for name in names)
+        else:
+            names, is_left = [folder.name] * os.path.lexists(folder), False
+        above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except OSError as error:
+        raise CheckpointError(f"'{folder}' cannot be written: {error.strerror}") from error
+    if names:
+        left = ", with what an interrupted run left" if is_left else ""
+        raise CheckpointError(
+            f"'{folder}' exists already{left}; give a new folder, or empty it first"
+        )
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise CheckpointError(f"'{folder}' cannot be written: '{above}' takes no files")
 
 
 def public_config(checkpoint: Checkpoint, model: VideoLLaMA2) -> dict[str, Any]:

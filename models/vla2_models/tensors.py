@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
 
 from .errors import CheckpointError
+from .files import check_readable
 
 # buffers that older releases of transformers wrote and that are computed, not loaded
 COMPUTED_BUFFERS = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")
@@ -92,6 +93,7 @@ def open_tensors(path: Path) -> Iterator[Tensors]:
         CheckpointError: the file is absent or damaged, or is a pickle of anything but a dict of
             names and dense tensors of floats or integers.
     """
+    check_readable(path)
     match path.suffix:
         case ".safetensors":
             with _open_safetensors(path) as file:
@@ -143,6 +145,8 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
             f"'{path}' is a pickle that PyTorch's safe loader does not take "
             f"({_one_line(reason)}); {_REFUSED}"
         ) from error
+    except (IndexError, KeyError) as error:
+        raise CheckpointError(f"'{path}' is not a whole PyTorch file: it is damaged") from error
     except Exception as error:
         # every kind, since whoever wrote the file chose where the loader stumbles
         reason = _one_line(str(error)) or type(error).__name__

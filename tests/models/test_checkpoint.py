@@ -296,7 +296,7 @@ def test_base_that_is_nowhere_is_named_with_the_way_out(own):
     change_json(folder / "config.json", _name_or_path="/mnt/train/Mistral-7B")
     line = refusal(folder)
     assert f"'{folder}' builds on the language model '/mnt/train/Mistral-7B'" in line
-    assert line.endswith("or set _name_or_path in its config.json to that model's folder")
+    assert line.endswith("(or set _name_or_path in its config.json to that model's folder)")
 
 
 def test_base_that_nobody_names_is_missed(own):

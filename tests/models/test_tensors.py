@@ -646,7 +646,15 @@ def test_pickle_named_safetensors_is_not_read_as_a_pickle(marker, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_absent_file_is_refused(tmp_path, suffix):
-    assert "No such file" in refusal(tmp_path / f"absent{suffix}")
+    with pytest.raises(CheckpointError, match=f"'{tmp_path}' has no absent{suffix}$"):
+        open_all(tmp_path / f"absent{suffix}")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_what_is_no_plain_file_is_refused_at_once(tmp_path, suffix, make):
+    make(tmp_path / f"a{suffix}")
+    assert refusal(tmp_path / f"a{suffix}").endswith("cannot be read: it is no plain file")
 
 
 def test_other_suffix_is_refused(tmp_path):

@@ -107,6 +107,10 @@ def name_no_connector(folder):
     change_json(folder / "config.json", mm_projector_type="stc_connector_v3.5")
 
 
+def to_integers(tensors):
+    tensors[LM_HEAD] = tensors[LM_HEAD].to(torch.int64)
+
+
 class Hostile:
     """Runs when it is unpickled."""
 
@@ -147,6 +151,31 @@ def claim_mistral(folder):
     change_json(folder / "config.json", model_type="videollama2_mistral")
 
 
+def set_field(name, **fields):
+    def spoil(folder):
+        write_json(folder / name, json.loads((folder / name).read_text()) | fields)
+
+    return spoil
+
+
+def change_adapter(value):
+    def spoil(folder):
+        tensors = torch.load(folder / "adapter_model.bin", weights_only=True)
+        next(iter(tensors.values())).fill_(value)
+        torch.save(tensors, folder / "adapter_model.bin")
+
+    return spoil
+
+
+def nest(folder):
+    (folder / "config.json").write_text("[" * 200_000)
+
+
+def put_pipe(folder):
+    (folder / WEIGHTS).unlink()
+    os.mkfifo(folder / WEIGHTS)
+
+
 # what is done to a checkpoint -> what the line says beside the folder
 SPOILED = {
     "missing shard": (QWEN2, lose_shard, "lacks 'model-00002-of-00002.safetensors'"),
@@ -166,6 +195,46 @@ SPOILED = {
     "missing settings": (QWEN2, lose_settings, "has no tokenizer_config.json"),
     "smaller vocabulary": (QWEN2, shrink_vocabulary, "600"),
     "larger tokenizer": (QWEN2, grow_tokenizer, "the tokenizer has 9001 tokens"),
+    "NaN in an adapter": (LORA, change_adapter(float("nan")), "lora_A.weight holds NaN"),
+    "integers": (QWEN2, lambda f: change_tensors(f, to_integers), "holds torch.int64, expected fl"),
+    "nested": (QWEN2, nest, "config.json' cannot be read"),
+    "pipe": (QWEN2, put_pipe, "model.safetensors' cannot be read: it is no plain file"),
+    **{
+        f"{field} {value}": (MIXTRAL, set_field("config.json", **{field: value}), field)
+        for field, value in [
+            ("hidden_size", -96),
+            ("hidden_size", 10**12),
+            ("vocab_size", 10**15),
+            ("num_hidden_layers", 10**9),
+            ("num_attention_heads", 0),
+            ("num_key_value_heads", "two"),
+            ("num_local_experts", 10**7),
+            ("num_experts_per_tok", 9),
+            ("num_experts_per_tok", 0),
+            ("max_position_embeddings", 0),
+            ("sliding_window", -3),
+            ("rope_theta", -5),
+            ("rope_theta", "high"),
+            ("rms_norm_eps", -1.0),
+            ("num_frames", 33),
+            ("num_frames", True),
+            ("mm_vision_select_layer", True),
+            ("mm_hidden_size", "64"),
+        ]
+    },
+    "activation": (MIXTRAL, set_field("config.json", hidden_act="nope"), "nope"),
+    "end id": (MIXTRAL, set_field("generation_config.json", eos_token_id="x"), "eos_token_id"),
+    "penalty": (
+        MIXTRAL,
+        set_field("generation_config.json", repetition_penalty=-1),
+        "repetition_penalty to -1, expected a number above 0",
+    ),
+    "end token": (MIXTRAL, set_field("tokenizer_config.json", eos_token="<no>"), "'<no>'"),
+    "template": (
+        MIXTRAL,
+        set_field("tokenizer_config.json", chat_template="{% if %}"),
+        "chat template refuses the prompt",
+    ),
     "another language model": (MIXTRAL, claim_mistral, "has no place in a videollama2_mistral"),
 }
 COMMANDS = {
@@ -173,15 +242,11 @@ COMMANDS = {
     "models": ["models", "{folder}"],
     "convert": ["models", "convert", "{folder}", "-o", "{folder}-out"],
 }
-# a checkpoint is written anew whatever its tokenizer is
-NOT_CONVERT = ("missing tokenizer", "missing settings", "larger tokenizer")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("name", SPOILED)
 def test_spoiled_checkpoint_is_one_line_and_exit_1(said, tmp_path, name, command):
-    if command == "convert" and name in NOT_CONVERT:
-        pytest.skip("no tokenizer is read")
     case, spoil, line = SPOILED[name]
     code, out, err = said(case, spoil, *COMMANDS[command])
     assert (code, out) == (1, "")
@@ -214,3 +279,43 @@ def test_value_that_the_dtype_cannot_hold_is_named(said):
     code, _, err = said(MIXTRAL, enlarge, *command)
     assert code == 1
     assert f"tensor {EXPERT} holds values up to 1e+06, beyond what float16 can; use bfloat16" in err
+
+
+def test_one_bad_folder_does_not_end_the_list(said, hub):
+    source = golden(f"checkpoints/{MIXTRAL}/config.json").parent
+    for name in ("good", "bad"):
+        shutil.copytree(source, hub / "vla2" / name, copy_function=shutil.copyfile)
+    (hub / "vla2/bad").chmod(0o755)
+    nest(hub / "vla2/bad")
+    code, out, err = said(MIXTRAL, lambda folder: None, "models", "--json")
+    assert code == 0, err
+    found = {facts["id"]: facts for facts in map(json.loads, out.splitlines())}
+    assert found["vla2/good"]["usable"] is True
+    assert found["vla2/bad"]["usable"] is False
+    assert "cannot be read" in found["vla2/bad"]["why"]
+    assert found["DAMO-NLP-SG/VideoLLaMA2-72B"]["on_disk"] is False
+    assert found["DAMO-NLP-SG/VideoLLaMA2-72B"]["memory_gb"]["4bit"] == 45.7
+
+
+@pytest.mark.parametrize("form", ["file", "full", "left", "dangling", "below a file", "long"])
+def test_output_that_cannot_be_is_refused_before_a_weight_is_read(said, tmp_path, form):
+    out = tmp_path / "out"
+    if form == "file":
+        out.write_text("mine")
+    elif form == "dangling":
+        out.symlink_to("nowhere")
+    elif form == "below a file":
+        out.write_text("mine")
+        out = out / "it"
+    elif form == "long":
+        out = tmp_path / ("x" * 300)
+    else:
+        out.mkdir()
+        (out / (".unfinished-1" if form == "left" else "mine")).mkdir()
+    # were it read, the line would be about that
+    code, _, err = said(QWEN2, truncate, "models", "convert", "{folder}", "-o", str(out))
+    assert code == 1
+    assert f"'{out}'" in err
+    assert ("exists already" in err) == (form in ("file", "full", "left", "dangling"))
+    assert ("an interrupted run left" in err) == (form == "left")
+    assert err.count("\n") == 1
