@@ -19,6 +19,7 @@ from vla2cli.console import Console, count, format_size, print_data, print_text
 if TYPE_CHECKING:
     from vla2_models.checkpoint import Checkpoint
 
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LONG_BYTES = 1e9  # reading or writing more takes seconds: say so
 
 
@@ -90,7 +91,7 @@ def convert(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="DIR", help="A folder or hub id: whole, -Base or LoRA; pickles of tensors too."
+            metavar="DIR", help="A folder or hub id: whole, -Base or LoRA; of a folder pickles too."
         ),
     ],
     output: Annotated[
@@ -125,7 +126,7 @@ def convert(
     checkpoint = open_checkpoint(name, source, revision=revision, allow_pickles=True)
     Engine(checkpoint, device="cpu").check()
     _note_reading(checkpoint, console)
-    with _cleaning_up():
+    with _cleaning_up(console):
         save_checkpoint(load_model(checkpoint, dtype=DTYPES.get(dtype)), checkpoint, output)
     # seen from here, whatever the folder's name may also mean
     written = open_checkpoint(str(output.absolute()), source)
@@ -141,17 +142,23 @@ def _note_reading(checkpoint: Checkpoint, console: Console) -> None:
 
 
 @contextmanager
-def _cleaning_up() -> Iterator[None]:
-    """Let a run that is ended from outside take away what it has begun."""
+def _cleaning_up(console: Console) -> Iterator[None]:
+    """Let a run that is ended from outside take away what it has begun, undisturbed."""
+    # a run in the background may have been told to take no notice of them
+    taken = [s for s in ENDINGS if signal.getsignal(s) is not signal.SIG_IGN]
 
     def end(signum: int, _frame: FrameType | None) -> None:
-        Console().note(f"vla2: ended by {signal.Signals(signum).name}; nothing was written")
+        for each in taken:
+            signal.signal(each, signal.SIG_IGN)
         raise SystemExit(128 + signum)
 
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {signum: signal.signal(signum, end) for signum in signals}
+    before = {signum: signal.signal(signum, end) for signum in taken}
     try:
         yield
+    except SystemExit as ended:
+        name = signal.Signals(int(str(ended.code)) - 128).name
+        console.note(f"vla2: ended by {name}; nothing was written")
+        raise
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

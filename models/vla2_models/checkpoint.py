@@ -161,7 +161,12 @@ def _find_layers(
     if form == "whole":
         return [Layer(_whole_files(folder, allow_pickles), {"": ""}, is_own=True)], folder
     own = first_of(folder, PROJECTOR_FILES if form == "projector" else TRAINABLES_FILES)
-    layer = Layer((own,) if own else (), {PEFT_PREFIX: "", "": ""}, is_own=True)
+    if own is None:
+        raise CheckpointError(
+            f"'{folder}' has an adapter but no {TRAINABLES_FILES[1]}, which holds its connector; "
+            "fetch it again"
+        )
+    layer = Layer((own,), {PEFT_PREFIX: "", "": ""}, is_own=True)
     base = _find_base(folder, source)
     base_form = find_form(base, read_json(base / "config.json"))
     if base_form == "adapter" or (base_form, form) == ("projector", "projector"):

@@ -33,6 +33,17 @@ PADDING_KEY = "mm_projector_padding"  # of the downsampler, where the projector'
 LanguageConfig = MistralConfig | MixtralConfig | Qwen2Config
 TowerConfig = CLIPVisionConfig | SiglipVisionConfig
 
+# what a checkpoint does not decide: the class, which is chosen here, and how it is run
+NOT_OURS = (
+    "model_type",
+    "attn_implementation",
+    "_attn_implementation",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "torchscript",
+)
+
 # what a number may be; far beyond any real model, so that a slip is met before it fills the memory
 _WIDTH, _COUNT = range(1, 2**20), range(1, 2**10)
 LANGUAGE_NUMBERS: Mapping[str, range] = {
@@ -137,7 +148,7 @@ def read_config(folder: Path, tower_folder: Path) -> CheckpointConfig:
             f"'{folder}/config.json': num_frames is {config.num_frames}, but its {projector_type} "
             f"needs at least {config.connector.min_frames}"
         )
-    wanted = raw.get("mm_hidden_size", config.mm_hidden_size)
+    wanted = raw.get("mm_hidden_size") or config.mm_hidden_size
     if wanted != config.mm_hidden_size:
         raise CheckpointError(
             f"'{folder}': mm_hidden_size is {wanted!r}, but its tower '{config.mm_vision_tower}' "
@@ -159,17 +170,28 @@ def tower_name(folder: Path, raw: Mapping[str, Any]) -> str:
 def _language_config(folder: Path, raw: Mapping[str, Any]) -> LanguageConfig:
     # "videollama2_mistral" is unknown to transformers, whose class is chosen here instead; a wrong
     # one would leave Mixtral's experts random without a word
-    fields = {key: value for key, value in raw.items() if key != "model_type"}
+    fields = {key: value for key, value in raw.items() if key not in NOT_OURS}
     config: LanguageConfig = _parse(LANGUAGE_CONFIGS[raw["model_type"]], fields, folder)
-    experts = {"num_experts_per_tok": range(1, getattr(config, "num_local_experts", 0) + 1)}
-    _check_numbers(folder, config, {**LANGUAGE_NUMBERS, **experts})
-    theta = (config.rope_parameters or {}).get("rope_theta")
-    for name, value in {"rope_theta": theta, "rms_norm_eps": config.rms_norm_eps}.items():
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
+    _check_numbers(folder, config, LANGUAGE_NUMBERS)
+    if isinstance(config, MixtralConfig):
+        at_most = {"num_experts_per_tok": range(1, config.num_local_experts + 1)}
+        _check_numbers(folder, config, at_most)
+    rope = config.rope_parameters or {}
+    numbers = {
+        "rope_theta": rope.get("rope_theta"),
+        "factor of rope_scaling": rope.get("factor", 1),
+        "rms_norm_eps": config.rms_norm_eps,
+    }
+    for name, value in numbers.items():
+        if not _is_positive(value):
             raise CheckpointError(
                 f"'{folder}/config.json': {name} is {value!r}, expected a number above 0"
             )
     return config
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _tower_config(folder: Path) -> TowerConfig:
@@ -181,7 +203,8 @@ def _tower_config(folder: Path) -> TowerConfig:
             f"'{folder}' holds a model of type {model_type!r}, expected a vision tower: "
             "CLIP or SigLIP"
         )
-    config: TowerConfig = _parse(TOWER_CONFIGS[model_type], vision, folder)
+    fields = {key: value for key, value in vision.items() if key not in NOT_OURS}
+    config: TowerConfig = _parse(TOWER_CONFIGS[model_type], fields, folder)
     _check_numbers(folder, config, TOWER_NUMBERS)
     return config
 
@@ -239,7 +262,8 @@ def _refuse_unsupported(folder: Path, raw: Mapping[str, Any]) -> None:
         )
     expected = {
         "model_type": (raw.get("model_type"), tuple(LANGUAGE_CONFIGS)),
-        "mm_vision_select_feature": (raw.get("mm_vision_select_feature", "patch"), ("patch",)),
+        "mm_vision_select_feature": (raw.get("mm_vision_select_feature") or "patch", ("patch",)),
+        "tie_word_embeddings": (raw.get("tie_word_embeddings") or False, (False,)),
     }
     for field, (found, supported) in expected.items():
         if found not in supported:

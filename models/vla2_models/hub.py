@@ -77,7 +77,7 @@ def locate(
         raise CheckpointError(
             f"'{name}' does not exist; give a folder, or a hub id like 'owner/name'"
         )
-    snapshot = _snapshot(name, revision, wanted, cached_only=True)
+    snapshot = _snapshot(name, revision, wanted, cached_only=True, is_final=source.offline)
     if snapshot is None and source.offline:
         where = f" or under '{source.hub_dir}'" if source.hub_dir else ""
         raise CheckpointError(
@@ -137,9 +137,20 @@ def whole_names(folder: Path) -> list[str]:
         if not names:  # shards may have lost their index
             stem, suffix = whole.split(".")
             names = sorted(path.name for path in folder.glob(f"{stem}-*-of-*.{suffix}"))
+            _check_shards(folder, names)
         if names:
             return names
     return []
+
+
+def _check_shards(folder: Path, names: list[str]) -> None:
+    for name in names:
+        total = Path(name).stem.rpartition("-of-")[2]
+        if not total.isdecimal() or int(total) != len(names):
+            raise CheckpointError(
+                f"'{folder}' has no index and {len(names)} shards, but '{name}' is one of "
+                f"{total}; fetch it again"
+            )
 
 
 def _locate_here(name: str, source: Source) -> Path | None:
@@ -186,7 +197,9 @@ def _is_hub_id(name: str) -> bool:
     return name.count("/") == 1
 
 
-def _snapshot(name: str, revision: str | None, wanted: Wanted, *, cached_only: bool) -> Path | None:
+def _snapshot(
+    name: str, revision: str | None, wanted: Wanted, *, cached_only: bool, is_final: bool = False
+) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -206,7 +219,10 @@ def _snapshot(name: str, revision: str | None, wanted: Wanted, *, cached_only: b
         )
     except LocalEntryNotFoundError as error:
         if cached_only:
-            return None
+            # some file of the repository was not fetched; offline that does for one not needed
+            partial = getattr(error, "snapshot_path", None)
+            is_enough = is_final and partial is not None and wanted.is_complete(Path(partial))
+            return Path(partial) if partial is not None and is_enough else None
         raise CheckpointError(
             f"'{name}' is not on this disk and the hub cannot be reached; "
             "give its folder, or with --hub-dir a folder that holds it as owner/name"
@@ -219,10 +235,13 @@ def _snapshot(name: str, revision: str | None, wanted: Wanted, *, cached_only: b
         raise CheckpointError(f"'{name}' is neither on this disk nor on the hub") from error
     except RevisionNotFoundError as error:
         raise CheckpointError(f"'{name}' has no revision '{revision}' on the hub") from error
-    except OSError as error:
+    except Exception as error:  # what breaks on the way has no class of its own
         if cached_only:
             return None
-        raise CheckpointError(f"'{name}' could not be fetched: {error}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(
+            f"'{name}' could not be fetched: {reason}; the same command goes on where it was"
+        ) from error
     # a snapshot that an interrupted download left without its files is as good as none
     return None if cached_only and not wanted.is_complete(folder) else folder
 
@@ -235,7 +254,8 @@ def _is_whole_checkpoint(folder: Path) -> bool:
     if weights:
         needed = ["tokenizer_config.json", *weights]
     elif first_of(folder, ADAPTER_FILES):
-        needed = [ADAPTER_CONFIG]
+        trainables = first_of(folder, TRAINABLES_FILES)
+        needed = [ADAPTER_CONFIG, trainables.name if trainables else TRAINABLES_FILES[0]]
     elif first_of(folder, PROJECTOR_FILES):
         needed = []
     else:

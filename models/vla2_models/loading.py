@@ -73,7 +73,7 @@ def load_model(
         dtype: what the weights are cast to; None leaves each as it is stored. A tensor of a
             safetensors file that already has its dtype stays memory-mapped on the CPU, unless the
             model has fused experts or its layers are settled.
-        device: where they go.
+        device: where they go, or the CPU with `settle`.
         settle: told each decoder layer of the language model and its name there, as soon as it is
             loaded and before the next file is read, to bring it to its final form and place.
 
@@ -125,7 +125,7 @@ def check_weights(checkpoint: Checkpoint, *, values: bool = False) -> int:
         for path, of_path in _by_path(claims).items():
             with open_tensors(path) as tensors:
                 for claim in of_path:
-                    _check_values(claim, tensors.get(claim.name))
+                    _check_stored(claim, tensors.get(claim.name))
         if checkpoint.adapter is not None:
             _read_adapter(checkpoint.adapter)
     return sum(tensor.numel() for tensor in model.state_dict().values())
@@ -194,7 +194,7 @@ class _Weights:
         is_copied = self.is_copied and place.part is None
         _check_floats(claim, stored)
         tensor = stored.to(device=self.device, dtype=self.dtype or stored.dtype, copy=is_copied)
-        _check_values(claim, stored, tensor)
+        _check_finite(claim, stored, tensor)
         self.waiting[_layer_of(place)] -= 1
         if place.part is None:
             self.state[place.parameter] = tensor
@@ -239,17 +239,20 @@ def _by_path(claims: Sequence[Claim]) -> dict[Path, list[Claim]]:
 
 
 def _check_floats(claim: Claim, stored: Tensor) -> None:
-    if not stored.is_floating_point():
+    if not stored.is_floating_point() or stored.itemsize < 2:
         raise CheckpointError(
             f"'{claim.path}': tensor {claim.name} holds {stored.dtype}, expected floats; a "
             "quantised model cannot be read, only the one it was made from"
         )
 
 
-def _check_values(claim: Claim, stored: Tensor, cast: Tensor | None = None) -> None:
-    where = f"'{claim.path}': tensor {claim.name}"
+def _check_stored(claim: Claim, stored: Tensor) -> None:
     _check_floats(claim, stored)
-    tensor = stored if cast is None else cast
+    _check_finite(claim, stored, stored)
+
+
+def _check_finite(claim: Claim, stored: Tensor, tensor: Tensor) -> None:
+    where = f"'{claim.path}': tensor {claim.name}"
     if is_finite(tensor):
         return
     if is_finite(stored):
@@ -322,7 +325,7 @@ def _read_adapter(path: Path) -> dict[str, Tensor]:
     with open_tensors(path) as file:
         for name, shape in read_shapes(path).items():
             tensors[name] = file.get(name)
-            _check_values(Claim(path, name, name, shape), tensors[name])
+            _check_stored(Claim(path, name, name, shape), tensors[name])
     return tensors
 
 

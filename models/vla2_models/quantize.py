@@ -62,7 +62,7 @@ def quantize_layer(
     """Replace the linear layers of a decoder layer, one at a time, by quantized ones.
 
     Args:
-        layer: weights on the CPU, perhaps memory-mapped; what is not quantized stays there.
+        layer: weights on the CPU; what is not quantized stays there.
         name: one of `QUANTIZATIONS`, for which `check_quantization` had nothing to say.
         compute_dtype: what 4-bit weights are multiplied in. On a CPU with AVX512-BF16, bfloat16 is
             many times as fast as others. Fused experts take the dtype of their weights.

@@ -7,6 +7,7 @@ public code computes with its defaults, and would rename tensors.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -53,7 +54,7 @@ def save_checkpoint(
     Args:
         model: from `load_model`.
         checkpoint: what it was loaded from.
-        folder: must not exist, or be empty; it appears when all is written.
+        folder: must not exist, or be empty; it has no config.json until all is written.
         max_shard_bytes: weight files are no larger, unless one tensor is.
 
     Raises:
@@ -61,6 +62,7 @@ def save_checkpoint(
     """
     check_folder(folder)
     is_new = not folder.exists()
+    moved: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -69,10 +71,13 @@ def save_checkpoint(
                 _write(model, checkpoint, Path(aside), max_shard_bytes)
                 # without a config.json the folder is no checkpoint: it comes last
                 for path in sorted(Path(aside).iterdir(), key=lambda p: p.name == "config.json"):
-                    path.replace(folder / path.name)
+                    moved.append(path.replace(folder / path.name))
         except BaseException:
+            for path in moved:
+                path.unlink(missing_ok=True)
             if is_new:
-                folder.rmdir()
+                with contextlib.suppress(OSError):  # what went wrong first is what counts
+                    folder.rmdir()
             raise
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"'{folder}' cannot be written: {error}") from error

@@ -6,6 +6,7 @@ from vla2_models.config import read_config
 from vla2_models.connectors import PROJECTOR_TYPES
 from vla2_models.errors import CheckpointError
 from vla2_models.files import read_json
+from vla2_models.loading import build_empty
 
 
 @pytest.fixture
@@ -146,6 +147,42 @@ def test_tower_of_another_width_is_refused(folder):
 def test_number_of_frames_that_is_none_is_refused(folder, num_frames):
     change_json(folder / "config.json", num_frames=num_frames)
     assert f"num_frames is {num_frames!r}, expected 1 or more" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"_attn_implementation": "flash_attention_2", "attn_implementation": "eager"},
+        {"return_dict": False, "output_attentions": True, "torchscript": True},
+        {"num_experts_per_tok": 2, "num_local_experts": 8},
+        {"mm_hidden_size": None, "mm_vision_select_feature": None, "num_frames": None},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_fields_that_decide_nothing_change_nothing(folder, fields):
+    build = build_empty(read(folder))
+    write_json(folder / "config.json", read_json(folder / "config.json") | fields)
+    config = read(folder)
+    other = build_empty(config)
+    assert {n: t.shape for n, t in build.state_dict().items()} == {
+        n: t.shape for n, t in other.state_dict().items()
+    }
+    of_model = other.language_model.config
+    assert of_model._attn_implementation == build.language_model.config._attn_implementation
+    assert of_model.return_dict is True
+    assert config.num_frames == 8
+
+
+def test_tied_embeddings_are_refused(folder):
+    change_json(folder / "config.json", tie_word_embeddings=True)
+    assert "tie_word_embeddings true is not supported, expected false" in refusal(folder)
+
+
+@pytest.mark.parametrize("factor", [-1.0, 0, True, "4"])
+def test_scaling_of_positions_that_means_nothing_is_refused(folder, factor):
+    rope = {"rope_type": "linear", "factor": factor, "rope_theta": 1e6}
+    change_json(folder / "config.json", rope_theta=None, rope_parameters=rope)
+    assert "factor" in refusal(folder)
 
 
 def test_fewer_frames_than_the_connector_joins_are_refused(folder):

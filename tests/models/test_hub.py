@@ -3,6 +3,7 @@ from fnmatch import fnmatch
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.errors import IncompleteSnapshotError
 
 from tests.tiny import write_json, write_tiny
 from vla2_models.checkpoint import open_checkpoint
@@ -151,8 +152,9 @@ def test_small_form_needs_no_whole_model(hub_cache, hub_dir, names):
     assert locate(MODEL_ID, Source(offline=True)).folder == snapshot
 
 
-def test_adapter_without_its_config_is_as_good_as_none(hub_cache, hub_dir):
-    to_small_form(fill_cache(hub_cache, hub_dir, MODEL_ID), ["adapter_model.bin"])
+@pytest.mark.parametrize("rest", ["adapter_config.json", "non_lora_trainables.bin"])
+def test_adapter_in_part_is_as_good_as_none(hub_cache, hub_dir, rest):
+    to_small_form(fill_cache(hub_cache, hub_dir, MODEL_ID), ["adapter_model.bin", rest])
     assert "is not fetched offline" in refusal(MODEL_ID, Source(offline=True))
 
 
@@ -204,6 +206,34 @@ def test_tower_whose_preprocessor_was_not_fetched_is_as_good_as_none(hub_cache, 
 def test_offline_message_names_where_it_looked(hub_dir):
     line = refusal("owner/absent", Source(hub_dir, offline=True))
     assert f"not in the hub cache or under '{hub_dir}', and is not fetched offline" in line
+
+
+@pytest.mark.parametrize("error", [RuntimeError("cut"), TimeoutError("cut"), ValueError("cut")])
+def test_fetching_that_breaks_is_a_line_that_says_how_to_go_on(monkeypatch, error):
+    def fetch(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    line = refusal("owner/some")
+    assert "could not be fetched" in line
+    assert line.endswith("cut; the same command goes on where it was")
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_snapshot_that_lacks_what_is_not_needed_does_offline(
+    hub_cache, hub_dir, monkeypatch, offline
+):
+    snapshot = fill_cache(hub_cache, hub_dir, MODEL_ID)
+
+    def fetch(*_args, local_files_only, **_kwargs):
+        # trainer_state.json, say
+        raise IncompleteSnapshotError("a file is missing", str(snapshot))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    if offline:
+        assert locate(MODEL_ID, Source(offline=True)).folder == snapshot
+        (snapshot / "config.json").unlink()
+    assert MODEL_ID in refusal(MODEL_ID, Source(offline=offline))
 
 
 def test_hub_that_cannot_be_reached_is_a_line(hub_cache):

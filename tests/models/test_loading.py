@@ -148,9 +148,9 @@ def test_index_without_weight_map_is_refused(folder, content):
 
 def test_pickles_are_named_and_not_read(folder):
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model-00001-of-00002.bin").write_bytes(b"not even a pickle")
+    (folder / "pytorch_model-00001-of-00001.bin").write_bytes(b"not even a pickle")
     line = refusal(folder)
-    assert "only pickles such as 'pytorch_model-00001-of-00002.bin'" in line
+    assert "only pickles such as 'pytorch_model-00001-of-00001.bin'" in line
     assert line.endswith(f"write them anew: vla2 models convert {folder} -o FOLDER")
 
 

@@ -172,6 +172,25 @@ def load_tiny_again(out, folder):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_saving_that_is_ended_while_files_are_moved_leaves_nothing(folder, tmp_path, monkeypatch):
+    replace = Path.replace
+
+    def end(path, target):
+        if path.name == "model.safetensors":
+            raise SystemExit(143)
+        return replace(path, target)
+
+    checkpoint = open_tiny(folder)
+    model = load_model(checkpoint)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(Path, "replace", end)
+    for out in (tmp_path / "new", tmp_path / "empty"):
+        with pytest.raises(SystemExit):
+            save_checkpoint(model, checkpoint, out)
+    assert not (tmp_path / "new").exists()
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
 def test_folder_that_cannot_be_written_is_named_and_nothing_is_left(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"'.*file/out' cannot be written: "):
