@@ -13,7 +13,7 @@ folder's name and leaves the tower of the two small forms random.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -41,6 +41,8 @@ from .hub import (
 from .names import PEFT_PREFIX, TOWER_PREFIX
 from .public import suggest
 from .tensors import read_shapes
+
+WHOLE_PICKLES = "pytorch_model*.bin"
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,9 @@ def open_checkpoint(
     tower = locate(tower_name(folder, raw), source, wanted=TOWER)
     config = read_config(folder, tower.folder)
     form = find_form(folder, raw)
-    layers, text_folder = _find_layers(folder, form, source, allow_pickles)
+    layers, text_folder = _find_layers(folder, form, source)
+    if not allow_pickles:
+        _refuse_whole_pickles(folder, layers)
     if not any(_holds_tower(layer) for layer in layers):
         layers.append(_tower_layer(config.mm_vision_tower, source))
     adapter = first_of(folder, ADAPTER_FILES)
@@ -154,12 +158,10 @@ def _locate(name: str, source: Source, revision: str | None) -> Located:
         raise CheckpointError(f"{error}; did you mean '{near}'?") from error
 
 
-def _find_layers(
-    folder: Path, form: str, source: Source, allow_pickles: bool
-) -> tuple[list[Layer], Path]:
+def _find_layers(folder: Path, form: str, source: Source) -> tuple[list[Layer], Path]:
     """Find the files of a checkpoint and of what it builds on, and the folder with its text."""
     if form == "whole":
-        return [Layer(_whole_files(folder, allow_pickles), {"": ""}, is_own=True)], folder
+        return [Layer(_whole_files(folder), {"": ""}, is_own=True)], folder
     own = first_of(folder, PROJECTOR_FILES if form == "projector" else TRAINABLES_FILES)
     if own is None:
         raise CheckpointError(
@@ -174,11 +176,11 @@ def _find_layers(
             f"'{folder}' builds on '{base}', which is no language model but {_a(base_form)}; write "
             f"that one whole first: vla2 models convert {quote(str(base))} -o FOLDER"
         )
-    below, text_folder = _find_layers(base, base_form, source, allow_pickles)
+    below, text_folder = _find_layers(base, base_form, source)
     return [layer, *(replace(other, is_own=False) for other in below)], text_folder
 
 
-def _whole_files(folder: Path, allow_pickles: bool) -> tuple[Path, ...]:
+def _whole_files(folder: Path) -> tuple[Path, ...]:
     names = whole_names(folder)
     for name in names:
         if not (folder / name).exists():
@@ -190,12 +192,17 @@ def _whole_files(folder: Path, allow_pickles: bool) -> tuple[Path, ...]:
             f"'{folder}' holds no weights: expected {WHOLE_FILE}, shards with an index, "
             f"{PROJECTOR_FILES[1]} or {ADAPTER_FILES[1]}"
         )
-    if names[0].endswith(".bin") and not allow_pickles:
-        raise CheckpointError(
-            f"'{folder}' holds no safetensors weights, only pickles such as '{names[0]}'; "
-            f"write them anew: vla2 models convert {quote(str(folder))} -o FOLDER"
-        )
     return tuple(folder / name for name in names)
+
+
+def _refuse_whole_pickles(folder: Path, layers: Sequence[Layer]) -> None:
+    files = (path for layer in layers for path in layer.files)
+    pickle = next((path for path in files if path.match(WHOLE_PICKLES)), None)
+    if pickle is not None:
+        raise CheckpointError(
+            f"'{pickle.parent}' holds no safetensors weights, only pickles such as "
+            f"'{pickle.name}'; write them anew: vla2 models convert {quote(str(folder))} -o FOLDER"
+        )
 
 
 def _find_base(folder: Path, source: Source) -> Path:

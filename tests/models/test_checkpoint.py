@@ -409,6 +409,16 @@ def test_whole_model_of_pickles_is_read_only_when_allowed(tmp_path, num_files):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_base_of_pickles_is_read_only_when_allowed(own):
+    folder = own(BASE)
+    base = folder.parents[1] / "hub" / LANGUAGE
+    to_pickles(base, 1)
+    # what is to be converted is the checkpoint: its base alone is no VideoLLaMA 2
+    assert refusal(folder).endswith(f"vla2 models convert {folder} -o FOLDER")
+    checkpoint = open_own(folder, allow_pickles=True)
+    assert check_weights(checkpoint) == check_weights(open_golden(WHOLE))
+
+
 def test_shards_without_their_index_are_found(tmp_path):
     folder = write_tiny(tmp_path)
     tensors = load_file(folder / "model.safetensors")
