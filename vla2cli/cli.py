@@ -11,12 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
-from vla2_models.errors import CheckpointError
+from vla2_models.errors import CheckpointError, one_line
 from vla2cli import __version__
 from vla2cli import options as opt
 from vla2cli.config import DEFAULT_MAX_NEW_TOKENS, is_debug
 from vla2cli.console import Console, count, print_data, print_text, printable
-from vla2cli.errors import UsageError, Vla2Error, one_line
+from vla2cli.errors import UsageError, Vla2Error
 from vla2cli.models import models_app
 from vla2cli.options import RunOptions
 from vla2cli.plan import Task

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vla2_models.files import read_json
+from vla2_models.errors import one_line
+from vla2_models.files import is_count, is_positive, read_json
 from vla2cli.errors import ModelError, UsageError
 
 DEFAULT_MAX_NEW_TOKENS = 512  # the reference: 2048; a cut text has finish_reason "length"
@@ -114,9 +115,9 @@ def resolve_generation(
     eos = saved_eos if isinstance(saved_eos, list) else [saved_eos]
     penalty = saved.get("repetition_penalty") or 1.0
     numbers = {
-        "eos_token_id": (saved_eos, all(i is None or _is_count(i) for i in eos), "ids"),
-        "top_k": (saved.get("top_k"), _is_count(saved.get("top_k") or 0), "a count"),
-        "repetition_penalty": (penalty, _is_positive(penalty), "a number above 0"),
+        "eos_token_id": (saved_eos, all(i is None or is_count(i) for i in eos), "ids"),
+        "top_k": (saved.get("top_k"), is_count(saved.get("top_k") or 0), "a count"),
+        "repetition_penalty": (penalty, is_positive(penalty), "a number above 0"),
     }
     for field, (value, is_right, expected) in numbers.items():
         if not is_right:
@@ -134,14 +135,6 @@ def resolve_generation(
         repetition_penalty=float(penalty),
         seed=choice.seed,
     )
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _read_generation_config(folder: Path) -> dict[str, Any]:
@@ -168,7 +161,7 @@ def read_config_file(path: Path, known: Collection[str]) -> Mapping[str, Any]:
     except OSError as error:
         raise UsageError(f"'{path}' cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from error
+        raise UsageError(f"'{path}' is not YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise UsageError(f"'{path}' holds no settings; expected lines like 'batch: 4'")
     settings = {str(key).replace("-", "_"): value for key, value in content.items()}

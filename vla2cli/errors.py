@@ -66,11 +66,6 @@ class InputError(Vla2Error):
         self.state: FileState | None = None
 
 
-def one_line(error: object) -> str:
-    """Put a message that may have line breaks on one line."""
-    return " ".join(str(error).split())
-
-
 def why(error: OSError) -> str:
     """Return the reason in lower case, without number and file name."""
     text = error.strerror or str(error)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from vla2_models.checkpoint import Checkpoint, open_checkpoint
+from vla2_models.errors import one_line
 from vla2_models.files import read_json
 from vla2_models.hub import Source, folders_on_disk
 from vla2_models.public import find_public, public_checkpoints
 from vla2cli.console import format_size
 from vla2cli.engine import Engine
-from vla2cli.errors import one_line
 
 
 def describe_machine() -> list[str]:

@@ -15,8 +15,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from vla2_models.errors import one_line
 from vla2cli.config import GenerationSettings
-from vla2cli.errors import InputError, ModelError, Vla2Error, one_line
+from vla2cli.errors import InputError, ModelError, Vla2Error
 from vla2cli.inputs import Item
 from vla2cli.ledger import Ledger, Record, settings_digest
 from vla2cli.media.pool import DecodePool

@@ -8,19 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
 from vla2cli import options as opt
 from vla2cli.console import Console, count, format_size, print_data, print_text
+from vla2cli.run import note_reading, open_source
 
-if TYPE_CHECKING:
-    from vla2_models.checkpoint import Checkpoint
-
+EXAMPLES = opt.epilog(f"vla2 models {opt.DEMO_HUB}", f"vla2 models {opt.DEMO_MODEL} {opt.DEMO_HUB}")
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-LONG_BYTES = 1e9  # reading or writing more takes seconds: say so
 
 
 class _ShowByDefault(TyperGroup):
@@ -34,16 +32,11 @@ class _ShowByDefault(TyperGroup):
 models_app = typer.Typer(
     cls=_ShowByDefault,
     help="List checkpoints, check one, or write one anew as safetensors.",
-    epilog=opt.epilog(
-        f"vla2 models {opt.DEMO_HUB}",
-        f"vla2 models {opt.DEMO_MODEL} {opt.DEMO_HUB}",
-    ),
+    epilog=EXAMPLES,
 )
 
 
-@models_app.command(
-    epilog=opt.epilog(f"vla2 models {opt.DEMO_HUB}", f"vla2 models {opt.DEMO_MODEL} {opt.DEMO_HUB}")
-)
+@models_app.command(epilog=EXAMPLES)
 def show(
     name: Annotated[
         str | None,
@@ -58,15 +51,14 @@ def show(
     debug: opt.Debug = False,
 ) -> None:
     """List the checkpoints on this disk and the public ones, or read one whole to check it."""
-    from vla2_models.hub import Source
     from vla2_models.loading import check_weights
     from vla2cli import facts
 
     console = Console(quiet=quiet, verbose=verbose)
-    source = Source(hub_dir, offline, on_fetch=lambda id: console.note(f"fetching '{id}' …"))
+    source = open_source(hub_dir, offline, console)
     if name is not None:
         checkpoint, num_parameters = facts.check_headers(name, source, revision)
-        _note_reading(checkpoint, console)
+        note_reading(checkpoint, console)
         check_weights(checkpoint, values=True)
         _show(facts.describe_checkpoint(name, checkpoint, num_parameters), json)
         return
@@ -115,17 +107,16 @@ def convert(
     holds more than tensors is refused, and nothing in it is run.
     """
     from vla2_models.checkpoint import open_checkpoint
-    from vla2_models.hub import Source
     from vla2_models.loading import load_model
     from vla2_models.saving import check_folder, save_checkpoint
     from vla2cli.engine import DTYPES, Engine
 
     console = Console(quiet=quiet, verbose=verbose)
     check_folder(output)
-    source = Source(hub_dir, offline, on_fetch=lambda id: console.note(f"fetching '{id}' …"))
+    source = open_source(hub_dir, offline, console)
     checkpoint = open_checkpoint(name, source, revision=revision, allow_pickles=True)
     Engine(checkpoint, device="cpu").check()
-    _note_reading(checkpoint, console)
+    note_reading(checkpoint, console)
     with _cleaning_up(console):
         save_checkpoint(load_model(checkpoint, dtype=DTYPES.get(dtype)), checkpoint, output)
     # seen from here, whatever the folder's name may also mean
@@ -134,11 +125,6 @@ def convert(
         f"{output}: {format_size(written.size_bytes)} in "
         f"{count(len(written.weight_files()), 'file')}"
     )
-
-
-def _note_reading(checkpoint: Checkpoint, console: Console) -> None:
-    if checkpoint.size_bytes > LONG_BYTES:
-        console.note(f"reading {format_size(checkpoint.size_bytes)} of weights …")
 
 
 @contextmanager

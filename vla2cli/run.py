@@ -31,6 +31,10 @@ from vla2cli.plan import Plan, Task, Work, count_records, outcome, settle_kinds
 from vla2cli.stop import Stop
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vla2_models.checkpoint import Checkpoint
+    from vla2_models.hub import Source
     from vla2cli.engine import Engine
 
 LONG_BYTES = 1e9  # reading more takes seconds: say so
@@ -115,19 +119,10 @@ def open_engine(options: RunOptions, console: Console) -> Engine:
         )
     console.note(f"loading '{options.model}' …")
     from vla2_models.checkpoint import open_checkpoint
-    from vla2_models.hub import Source
     from vla2cli.engine import Engine
     from vla2cli.layout import Layout
 
-    if console.quiet:
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-
-        disable_progress_bars()
-    source = Source(
-        options.hub_dir,
-        options.offline,
-        on_fetch=lambda name: console.note(f"fetching '{name}' from the hub …"),
-    )
+    source = open_source(options.hub_dir, options.offline, console)
     checkpoint = open_checkpoint(options.model, source, revision=options.revision)
     if options.modality in ("audio", "av"):
         raise UsageError(
@@ -195,11 +190,31 @@ def _note_hashing(engine: Engine, console: Console) -> None:
         console.note(f"hashing {format_size(size_bytes)} of weights, once …")
 
 
+def open_source(hub_dir: Path | None, offline: bool, console: Console) -> Source:
+    """Say where models are looked for, and what is fetched when that happens."""
+    from vla2_models.hub import Source
+
+    if console.quiet:
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()
+    return Source(
+        hub_dir,
+        offline,
+        on_fetch=lambda name: console.note(f"fetching '{name}' from the hub …"),
+    )
+
+
+def note_reading(checkpoint: Checkpoint, console: Console) -> None:
+    """Say how much there is to read when that takes a while."""
+    if checkpoint.size_bytes > LONG_BYTES:
+        console.note(f"reading {format_size(checkpoint.size_bytes)} of weights …")
+
+
 def load_weights(engine: Engine, console: Console) -> None:
     """Read the weights, saying how much there is to read when that takes a while."""
     size_bytes = engine.checkpoint.size_bytes
-    if size_bytes > LONG_BYTES:
-        console.note(f"reading {format_size(size_bytes)} of weights …")
+    note_reading(engine.checkpoint, console)
     started = time.perf_counter()
     engine.load_weights()
     console.detail(

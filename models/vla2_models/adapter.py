@@ -25,8 +25,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from .errors import CheckpointError
-from .files import read_json
+from .errors import CheckpointError, one_line
+from .files import is_count, read_json
 from .hub import ADAPTER_CONFIG
 from .imports import nothing_from_the_hub
 from .names import PEFT_PREFIX
@@ -86,7 +86,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     try:
         return LoraConfig(**fields, inference_mode=True, init_lora_weights=False)
     except ValueError as error:
-        raise CheckpointError(f"'{path}' is not understood: {_one_line(error)}") from error
+        raise CheckpointError(f"'{path}' is not understood: {one_line(error)}") from error
 
 
 def adapter_shapes(
@@ -184,7 +184,7 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> LoraModel:
         raise _misfit(model, config) from error
     except (ValueError, TypeError, re.error) as error:
         raise CheckpointError(
-            f"the adapter cannot be put on a {type(model).__name__}: {_one_line(error)}"
+            f"the adapter cannot be put on a {type(model).__name__}: {one_line(error)}"
         ) from error
 
 
@@ -227,20 +227,12 @@ def _key(module_name: str, part: str) -> str:
     return f"{PEFT_PREFIX}{module_name}.{part}.weight"
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not _is_bool(value) and value >= 0
-
-
 def _is_rank(value: Any) -> bool:
-    return _is_count(value) and value > 0
+    return is_count(value) and value > 0
 
 
 def _is_number(value: Any) -> bool:
@@ -269,7 +261,7 @@ KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "lora_alpha": (_is_number, "a number"),
     "target_modules": (_is_names, "a list of names, or a pattern"),
     "exclude_modules": (_is_names, "a list of names, or a pattern"),
-    "layers_to_transform": (lambda v: _is_count(v) or _is_list(v, _is_count), "numbers of layers"),
+    "layers_to_transform": (lambda v: is_count(v) or _is_list(v, is_count), "numbers of layers"),
     "layers_pattern": (_is_names, "a list of names, or a name"),
     "rank_pattern": (lambda v: _is_table(v, _is_rank), "an object of whole numbers from 1"),
     "alpha_pattern": (lambda v: _is_table(v, _is_number), "an object of numbers"),

@@ -173,8 +173,8 @@ def _find_layers(folder: Path, form: str, source: Source) -> tuple[list[Layer], 
     base_form = find_form(base, read_json(base / "config.json"))
     if base_form == "adapter" or (base_form, form) == ("projector", "projector"):
         raise CheckpointError(
-            f"'{folder}' builds on '{base}', which is no language model but {_a(base_form)}; write "
-            f"that one whole first: vla2 models convert {quote(str(base))} -o FOLDER"
+            f"'{folder}' builds on '{base}', which is no language model but of form {base_form}; "
+            f"write that one whole first: vla2 models convert {quote(str(base))} -o FOLDER"
         )
     below, text_folder = _find_layers(base, base_form, source)
     return [layer, *(replace(other, is_own=False) for other in below)], text_folder
@@ -237,10 +237,6 @@ def _find_base(folder: Path, source: Source) -> Path:
             "were before"
         )
     return base
-
-
-def _a(form: str) -> str:
-    return f"an {form}" if form[0] in "aeiou" else f"a {form}"
 
 
 def _holds_tower(layer: Layer) -> bool:

@@ -7,7 +7,6 @@ train.py and model/videollama2_arch.py, `initialize_vision_modules`.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +21,8 @@ from transformers import (
 )
 
 from .connectors import PROJECTOR_TYPES
-from .errors import CheckpointError
-from .files import read_json
+from .errors import CheckpointError, one_line
+from .files import is_positive, read_json
 from .stc import ConnectorDesign
 
 DEFAULT_NUM_FRAMES = 8  # upstream constants.py, where config.json has no `num_frames`
@@ -183,15 +182,11 @@ def _language_config(folder: Path, raw: Mapping[str, Any]) -> LanguageConfig:
         "rms_norm_eps": config.rms_norm_eps,
     }
     for name, value in numbers.items():
-        if not _is_positive(value):
+        if not is_positive(value):
             raise CheckpointError(
                 f"'{folder}/config.json': {name} is {value!r}, expected a number above 0"
             )
     return config
-
-
-def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _tower_config(folder: Path) -> TowerConfig:
@@ -251,7 +246,7 @@ def _parse(config_class: Any, fields: Mapping[str, Any], folder: Path) -> Any:
         return config_class.from_dict(dict(fields))
     except Exception as error:
         # the classes of transformers check their fields in many ways, and some by failing
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise CheckpointError(f"'{folder}/config.json' is not understood: {reason}") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +40,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"'{path}' holds a {type(content).__name__}, expected an object")
     return content
+
+
+def is_count(value: Any) -> bool:
+    """Tell whether a JSON value is a whole number from 0 (true and false are none)."""
+    return type(value) is int and value >= 0
+
+
+def is_positive(value: Any) -> bool:
+    """Tell whether a JSON value is a finite number above 0 (true is none)."""
+    return type(value) in (int, float) and 0 < value < math.inf

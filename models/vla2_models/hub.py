@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import CheckpointError
+from .errors import CheckpointError, describe
 from .files import read_json
 
 # how the parts of a model are named on disk; the first that is there counts
@@ -238,9 +238,9 @@ def _snapshot(
     except Exception as error:  # what breaks on the way has no class of its own
         if cached_only:
             return None
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(
-            f"'{name}' could not be fetched: {reason}; the same command goes on where it was"
+            f"'{name}' could not be fetched: {describe(error)}; the same command goes on where it "
+            "was"
         ) from error
     # a snapshot that an interrupted download left without its files is as good as none
     return None if cached_only and not wanted.is_complete(folder) else folder

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .adapter import adapter_shapes, merge_adapter, read_adapter_config
 from .checkpoint import Checkpoint
 from .config import CheckpointConfig
-from .errors import CheckpointError
+from .errors import CheckpointError, describe
 from .names import CONNECTOR_PREFIX, Place, find_places
 from .tensors import open_tensors, read_shapes
 from .videollama2 import VideoLLaMA2
@@ -52,10 +52,9 @@ def build_empty(config: CheckpointConfig) -> VideoLLaMA2:
             return VideoLLaMA2(config)
     except Exception as error:
         # a setting of the wrong size or name is met anywhere in transformers, as anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise CheckpointError(
             f"'{config.folder}/config.json' or its tower's describes no network that can be built "
-            f"({reason}); take it from the original again"
+            f"({describe(error)[:200]}); take it from the original again"
         ) from error
 
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
 
-from .errors import CheckpointError
+from .errors import CheckpointError, one_line
 from .files import check_readable
 
 # buffers that older releases of transformers wrote and that are computed, not loaded
@@ -125,7 +125,7 @@ def _open_safetensors(path: Path) -> safe_open:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"'{path}' is not a whole safetensors file: {_one_line(str(error))}"
+            f"'{path}' is not a whole safetensors file: {_printable(str(error))}"
         ) from error
 
 
@@ -143,13 +143,13 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
         raise CheckpointError(
             f"'{path}' is a pickle that PyTorch's safe loader does not take "
-            f"({_one_line(reason)}); {_REFUSED}"
+            f"({_printable(reason)}); {_REFUSED}"
         ) from error
     except (IndexError, KeyError) as error:
         raise CheckpointError(f"'{path}' is not a whole PyTorch file: it is damaged") from error
     except Exception as error:
         # every kind, since whoever wrote the file chose where the loader stumbles
-        reason = _one_line(str(error)) or type(error).__name__
+        reason = _printable(str(error)) or type(error).__name__
         raise CheckpointError(f"'{path}' is not a whole PyTorch file: {reason}") from error
 
 
@@ -310,6 +310,6 @@ def _check_tensor(path: Path, key: str, tensor: Tensor, size_bytes: int) -> Tens
     return tensor.detach()
 
 
-def _one_line(text: str) -> str:
+def _printable(text: str) -> str:
     text = "".join(char if char.isprintable() else " " for char in text)
-    return " ".join(text.split())[:200]
+    return one_line(text)[:200]
