@@ -31,12 +31,18 @@ RUNS = [
     ("qwen2_siglip_stcv35_16f_384", "cap"),
 ]
 
+# the runs of the audio-visual checkpoint
+AV_RUNS = ("audio", "video", "av", "av_long", "av_silent", "av_short")
+AV_CHECKPOINT = "VideoLLaMA2.1-tiny-AV"
+
 # how far our float32 results may be from the reference's: about ten times the spread between
 # attention implementations, and between float32 and float64, that was measured on the reference
 ATOL = {
     "pixel_values": 1e-6,
     "vision_features": 1e-4,
     "projector_tokens": 2e-4,
+    "beats_features": 2e-4,
+    "audio_tokens": 2e-4,
     "inputs_embeds": 2e-4,
     "first_logits": 2e-4,
     "step_logits": 2e-4,
@@ -55,6 +61,11 @@ def assert_stages_match(title, found, expected):
 def golden(relative):
     """Return the path of a golden file or folder; skip the test where there is none."""
     return _find(relative, [HERE / "golden", SHARED / "golden/vision"])
+
+
+def golden_audio(relative):
+    """Return the path of a golden file of the audio-visual set; skip where there is none."""
+    return _find(relative, [HERE / "golden/audio", SHARED / "golden/audio"])
 
 
 def media(name):
@@ -81,6 +92,37 @@ def golden_engine(case):
     folder = golden(f"checkpoints/{case}/config.json").parent
     hub_dir = folder.parents[1] / "towers"
     return Engine.load(str(folder), hub_dir=hub_dir, device="cpu", dtype="float32")
+
+
+@functools.cache
+def golden_av_engine():
+    """An engine on the golden checkpoint with ears; not to be changed."""
+    folder = golden_audio(f"{AV_CHECKPOINT}/config.json").parent
+    return Engine.load(str(folder), hub_dir=folder.parent, device="cpu", dtype="float32")
+
+
+@functools.cache
+def about_av(run):
+    """What the reference was asked in a run of the audio-visual set, and what it said."""
+    return json.loads(golden_audio("e2e/meta.json").read_text(encoding="utf-8"))[run]
+
+
+@functools.cache
+def tensors_of_av(run):
+    """The reference's tensors, with those that the set leaves out because they follow."""
+    tensors = load_file(golden_audio(f"e2e/{run}.safetensors"))
+    if run == "av_silent":
+        silence = torch.full((1, 2998, 128), -15.9375, dtype=torch.bfloat16)
+        assert tensors["fbank_bf16"].equal(silence)
+        tensors["pixel_values"] = tensors_of_av("video")["pixel_values"]
+    if "audio_tokens" not in tensors and run != "video":
+        place = tensors["input_ids"].tolist().index(-201)
+        num_audio = tensors["beats_features"].shape[1]
+        num_media = len(tensors["inputs_embeds"][0]) - len(tensors["input_ids"]) + 1
+        media = tensors["inputs_embeds"][:, place : place + num_media]
+        tensors["video_tokens"] = media[:, : num_media - num_audio]
+        tensors["audio_tokens"] = media[:, num_media - num_audio :]
+    return tensors
 
 
 def golden_source():

@@ -14,12 +14,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "Layout", "ask", "caption", "features"]
+__all__ = ["Engine", "Layout", "Sampling", "ask", "caption", "features"]
 
 if TYPE_CHECKING:
     from vla2cli.api import ask, caption, features
     from vla2cli.engine import Engine
     from vla2cli.layout import Layout
+    from vla2cli.plan import Sampling
 
 
 def __getattr__(name: str) -> Any:
@@ -31,6 +32,10 @@ def __getattr__(name: str) -> Any:
         from vla2cli.layout import Layout
 
         return Layout
+    if name == "Sampling":
+        from vla2cli.plan import Sampling
+
+        return Sampling
     if name in ("ask", "caption", "features"):
         from vla2cli import api
 

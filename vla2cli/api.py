@@ -14,7 +14,7 @@ from vla2cli.inputs import find_items
 from vla2cli.jobs import Job
 from vla2cli.ledger import Ledger, Record
 from vla2cli.media.pool import DecodePool, default_num_workers
-from vla2cli.plan import FrameSampling, Task, Work
+from vla2cli.plan import Sampling, Task, Work, usable_items
 
 StrPath = str | os.PathLike[str]
 Paths = StrPath | Iterable[StrPath]
@@ -25,19 +25,19 @@ def caption(
     engine: Engine,
     *,
     prompt: str | None = None,
-    sampling: FrameSampling | None = None,
+    sampling: Sampling | None = None,
     generation: GenerationChoice | None = None,
     batch: int = 1,
     output: StrPath | None = None,
     retry_errors: bool = False,
 ) -> Iterator[Record]:
-    """Describe files and folders of videos and images.
+    """Describe files and folders of videos, images and sounds.
 
     Args:
         paths: one path or several; folders are searched, globs expanded.
         engine: from `Engine.load`.
         prompt: asked of every file; by default "Please describe the video in detail."
-        sampling: which pictures are looked at; by default as the checkpoint says.
+        sampling: what is looked at and listened to; by default as the checkpoint says.
         generation: how the model goes on; by default greedy, 512 tokens.
         batch: prompts that are answered together.
         output: a ledger to append to; what it already holds is skipped.
@@ -60,7 +60,7 @@ def ask(
     questions: str | Sequence[str | Sequence[str]],
     engine: Engine,
     *,
-    sampling: FrameSampling | None = None,
+    sampling: Sampling | None = None,
     generation: GenerationChoice | None = None,
     batch: int = 1,
     output: StrPath | None = None,
@@ -73,7 +73,7 @@ def ask(
         questions: one or several; several in a tuple or list of their own follow each other, and
             the model remembers its answers.
         engine: from `Engine.load`.
-        sampling: which pictures are looked at.
+        sampling: what is looked at and listened to.
         generation: how the model goes on.
         batch: prompts that are answered together.
         output: a ledger to append to; what it already holds is skipped.
@@ -96,7 +96,7 @@ def features(
     *,
     tensors: str | None = None,
     question: str | None = None,
-    sampling: FrameSampling | None = None,
+    sampling: Sampling | None = None,
     generation: GenerationChoice | None = None,
     retry_errors: bool = False,
 ) -> Iterator[Record]:
@@ -108,7 +108,7 @@ def features(
         folder: for one safetensors file per input, and features.jsonl.
         tensors: names with commas between them, or `all`; see `vla2cli.features.TENSORS`.
         question: for the tensors from `input_ids` on.
-        sampling: which pictures are looked at.
+        sampling: what is looked at and listened to.
         generation: how the model goes on, for `generated_ids`.
         retry_errors: whether files with an error record are tried again.
 
@@ -134,13 +134,13 @@ def _open_job(
     stack: ExitStack,
     engine: Engine,
     task: Task,
-    sampling: FrameSampling | None,
+    sampling: Sampling | None,
     generation: GenerationChoice | None,
     batch: int,
     output: StrPath | None,
 ) -> Job:
-    sampling = sampling or FrameSampling(engine.checkpoint.config.num_frames)
-    engine.check_frames(sampling.num_frames)
+    sampling = sampling or Sampling(engine.checkpoint.config.num_frames)
+    engine.check_sampling(sampling)
     settings = engine.settings(generation or GenerationChoice())
     ledger = stack.enter_context(Ledger.open(output)) if output is not None else None
     pool = stack.enter_context(DecodePool(default_num_workers()))
@@ -154,7 +154,8 @@ def _todo(
     is_missing: Callable[[Work], bool] = lambda work: False,
 ) -> list[Work]:
     roots = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    found = find_items([os.fspath(root) for root in roots])
-    items = [item for item in found.items if item.kind != "audio"]
+    modality = job.sampling.modality
+    found = find_items([os.fspath(root) for root in roots], modality=modality)
+    items = usable_items(found.items, job.pool, modality, has_ears=job.engine.has_ears)
     plan = job.plan(items, retry_errors=retry_errors)
     return [*plan.todo, *filter(is_missing, plan.done)]

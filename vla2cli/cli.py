@@ -70,7 +70,8 @@ def caption(
             "--prompt",
             "-p",
             envvar="VLA2_PROMPT",
-            help="Asked of every file. Default: Please describe the video (image) in detail.",
+            help="Asked of every file. Default: Please describe the video (or image, audio) in "
+            "detail.",
         ),
     ] = None,
     model: opt.Model = None,
@@ -85,6 +86,8 @@ def caption(
     modality: opt.Modality = "auto",
     start: opt.Start = None,
     end: opt.End = None,
+    audio_start: opt.AudioStart = None,
+    audio_range: opt.AudioRange = "same",
     frames: opt.Frames = None,
     decoder: opt.Decoder = "pyav",
     decode_timeout: opt.DecodeTimeout = opt.DEFAULT_DECODE_TIMEOUT,
@@ -105,7 +108,7 @@ def caption(
     verbose: opt.Verbose = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Describe every video and image that the paths hold."""
+    """Describe every video, image and sound that the paths hold."""
     options = RunOptions.of(locals())
     options.check()
     conversations = ((_spoken(prompt, "--prompt"),),) if prompt is not None else ()
@@ -149,6 +152,8 @@ def ask(
     modality: opt.Modality = "auto",
     start: opt.Start = None,
     end: opt.End = None,
+    audio_start: opt.AudioStart = None,
+    audio_range: opt.AudioRange = "same",
     frames: opt.Frames = None,
     decoder: opt.Decoder = "pyav",
     decode_timeout: opt.DecodeTimeout = opt.DEFAULT_DECODE_TIMEOUT,
@@ -169,7 +174,7 @@ def ask(
     verbose: opt.Verbose = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Ask questions about every video and image that the paths hold."""
+    """Ask questions about every video, image and sound that the paths hold."""
     options = RunOptions.of(locals())
     options.check()
     paths, questions = _split_question(paths, question or [])
@@ -197,7 +202,8 @@ def features(
             "--tensors",
             envvar="VLA2_TENSORS",
             help="Names with commas between them, or all. Default: frame_indices, timestamps_s, "
-            "vision_features, projector_tokens. Others: pixel_values, input_ids, "
+            "vision_features, projector_tokens, beats_features, audio_tokens, as far as the file "
+            "and the model have them. Others: pixel_values, fbank, input_ids, "
             "attention_mask_spliced, inputs_embeds, first_logits, generated_ids.",
         ),
     ] = None,
@@ -219,6 +225,8 @@ def features(
     modality: opt.Modality = "auto",
     start: opt.Start = None,
     end: opt.End = None,
+    audio_start: opt.AudioStart = None,
+    audio_range: opt.AudioRange = "same",
     frames: opt.Frames = None,
     decoder: opt.Decoder = "pyav",
     decode_timeout: opt.DecodeTimeout = opt.DEFAULT_DECODE_TIMEOUT,

@@ -18,6 +18,8 @@ from vla2_models.checkpoint import Checkpoint, open_checkpoint
 from vla2_models.fingerprint import hash_weights
 from vla2_models.hub import Source
 from vla2_models.loading import check_weights
+from vla2_models.public import WITH_EARS
+from vla2_models.sound import SoundWindow
 from vla2_models.videollama2 import VideoLLaMA2
 from vla2cli.config import GenerationChoice, GenerationSettings, resolve_generation
 from vla2cli.engines import eager as language_engine
@@ -27,7 +29,8 @@ from vla2cli.frontend.eager import EagerFrontend
 from vla2cli.layout import Layout
 from vla2cli.media.records import Clip
 from vla2cli.media.sampling import MAX_FRAMES
-from vla2cli.preprocess import FrameGeometry, normalise
+from vla2cli.plan import Sampling
+from vla2cli.preprocess import FrameGeometry, fbank, normalise
 from vla2cli.prompt import Prompt, Turn, build_prompt
 from vla2cli.tokenizer import Tokenizer, load_tokenizer
 
@@ -40,12 +43,34 @@ LONGEST_UNIT = 64
 
 
 @dataclass(frozen=True)
+class MediaTokens:
+    """What the language model is given of one clip, at its one placeholder."""
+
+    visual: Tensor | None = None  # (num_visual, D)
+    audio: Tensor | None = None  # (num_audio, D)
+
+    @property
+    def num_visual(self) -> int:
+        """Visual tokens, 0 for sound alone."""
+        return 0 if self.visual is None else len(self.visual)
+
+    @property
+    def num_audio(self) -> int:
+        """Audio tokens, 0 where nothing is heard."""
+        return 0 if self.audio is None else len(self.audio)
+
+    def parts(self) -> list[Tensor]:
+        """List the tokens in the order in which the checkpoints were trained: sound comes last."""
+        return [tokens for tokens in (self.visual, self.audio) if tokens is not None]
+
+
+@dataclass(frozen=True)
 class Ask:
     """One prompt about one clip."""
 
     question: str
-    modality: str  # video, image or text
-    visual_tokens: Tensor | None  # (num_tokens, D); None for text
+    medium: str  # video (with or without its sound), image, audio or text
+    media: MediaTokens = MediaTokens()  # none for text
     history: tuple[Turn, ...] = ()
     seed: int = 0  # of this row's own generator
 
@@ -59,12 +84,14 @@ class Answer:
     generation: Generation
     flags: tuple[str, ...]  # empty, repeating, not-finite
     num_visual: int  # visual tokens in the prompt
+    num_audio: int  # audio tokens in it
 
     @property
     def num_prompt(self) -> int:
-        """Tokens of the prompt, with the visual ones."""
+        """Tokens of the prompt, with those of the media."""
         placeholders = sum(i < 0 for i in self.prompt.input_ids)
-        return len(self.prompt.input_ids) - placeholders + self.num_visual
+        num_media = self.num_visual + self.num_audio
+        return len(self.prompt.input_ids) - placeholders + num_media
 
 
 class Engine:
@@ -149,7 +176,7 @@ class Engine:
         # one token fits into any context: how many are wanted is not the checkpoint's fault
         _ = self.tokenizer, self.geometry, self.settings(GenerationChoice(max_new_tokens=1))
         try:
-            self.prompt(Ask("What happens?", "video", None))
+            self.prompt(Ask("What happens?", "video"))
         except ModelError as error:
             raise ModelError(f"'{self.checkpoint.text_folder}': {error}") from error
         return check_weights(self.checkpoint)
@@ -172,7 +199,7 @@ class Engine:
 
     @cached_property
     def frontend(self) -> EagerFrontend:
-        """What turns frames into visual tokens."""
+        """What turns frames and sound into tokens."""
         return EagerFrontend(self.model)
 
     @cached_property
@@ -191,6 +218,17 @@ class Engine:
     def geometry(self) -> FrameGeometry:
         """How frames are fitted to the tower."""
         return read_geometry(self.checkpoint)
+
+    @property
+    def sound_window(self) -> SoundWindow | None:
+        """Which sound the model hears; None where it has no ears."""
+        audio = self.checkpoint.config.audio
+        return None if audio is None else audio.window
+
+    @property
+    def has_ears(self) -> bool:
+        """Whether the model takes sound."""
+        return self.sound_window is not None
 
     @cached_property
     def identity(self) -> dict[str, str | None]:
@@ -220,22 +258,40 @@ class Engine:
             )
         return resolve_generation(choice, self.checkpoint.text_folder, self.tokenizer.eos_token_id)
 
-    def check_frames(self, num_frames: int) -> None:
-        """Refuse so few frames that the connector would leave no visual token of a clip.
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Refuse what the model cannot see or hear.
 
         Raises:
-            UsageError: naming the fewest.
+            UsageError: it has no ears, or the connector would leave no token of so few frames.
         """
-        fewest = self.checkpoint.config.connector.min_frames
-        if num_frames < fewest:
+        config = self.checkpoint.config
+        fewest = config.connector.min_frames
+        if sampling.num_frames < fewest:
             raise UsageError(
-                f"'--frames {num_frames}': the model's {self.checkpoint.config.projector_type} "
+                f"'--frames {sampling.num_frames}': the model's {config.projector_type} "
                 f"needs at least {fewest}"
             )
+        needs_ears = {
+            f"--modality {sampling.modality}": sampling.modality in ("audio", "av"),
+            "--audio-start": sampling.audio_start_s is not None,
+            f"--audio-range {sampling.audio_range}": sampling.audio_range == "whole",
+        }
+        for flag, is_given in needs_ears.items():
+            if is_given and not self.has_ears:
+                raise UsageError(
+                    f"{flag} needs a model with an audio branch; {self.checkpoint.located.id} has "
+                    f"none (try {WITH_EARS})"
+                )
 
     def pixel_values(self, clip: Clip) -> Tensor:
         """Normalise the fitted frames of a clip: (T, 3, S, S) float32."""
+        assert clip.frames is not None, "a sound has no frames"
         return torch.from_numpy(normalise(clip.frames, self.geometry))
+
+    def fbank(self, clip: Clip) -> Tensor:
+        """Make what the audio tower reads of a clip's sound: (1, R, 128) bfloat16."""
+        assert clip.sound is not None, "nothing of this clip is heard"
+        return fbank(clip.sound.waveform)[None]
 
     def vision_features(self, clips: Sequence[Clip]) -> list[Tensor]:
         """Run the tower on several clips: (T, N, C) each, an image's one frame repeated T times."""
@@ -245,9 +301,21 @@ class Engine:
             for of_clip, clip in zip(features, clips, strict=True)
         ]
 
-    def encode(self, clips: Sequence[Clip]) -> list[Tensor]:
-        """Turn several clips into (num_tokens, D) visual tokens each."""
-        return self.frontend.visual_tokens(self.vision_features(clips))
+    def encode(self, clips: Sequence[Clip]) -> list[MediaTokens]:
+        """Turn what is seen and heard of several clips into tokens."""
+        seen = [clip for clip in clips if clip.frames is not None]
+        visual = iter(self.frontend.visual_tokens(self.vision_features(seen)) if seen else ())
+        return [
+            MediaTokens(
+                visual=None if clip.frames is None else next(visual),
+                audio=None if clip.sound is None else self._hear(clip),
+            )
+            for clip in clips
+        ]
+
+    def _hear(self, clip: Clip) -> Tensor:
+        # one after the other: the attention of a batch would take 100 MB a layer for each sound
+        return self.frontend.audio_tokens(self.frontend.audio_features(self.fbank(clip)))[0]
 
     def prompt(self, ask: Ask) -> Prompt:
         """Render and tokenise what is asked."""
@@ -255,20 +323,20 @@ class Engine:
             self.tokenizer,
             self.checkpoint.config.model_type,
             ask.question,
-            modality=ask.modality,
+            medium=ask.medium,
             history=ask.history,
         )
 
     @torch.inference_mode()
-    def embed(self, prompt: Prompt, visual_tokens: Tensor | None) -> Tensor:
+    def embed(self, prompt: Prompt, media: MediaTokens) -> Tensor:
         """Splice one prompt: (L, D) inputs_embeds."""
-        media = [] if visual_tokens is None else [visual_tokens]
-        return self.model.splice(prompt.input_ids, media)
+        parts = media.parts()
+        return self.model.splice(prompt.input_ids, [torch.cat(parts)] if parts else [])
 
     def answer(self, asks: Sequence[Ask], settings: GenerationSettings) -> list[Answer]:
         """Answer several prompts in one left-padded batch; a row's text depends on no other."""
         prompts = [self.prompt(ask) for ask in asks]
-        embeds = [self.embed(p, ask.visual_tokens) for p, ask in zip(prompts, asks, strict=True)]
+        embeds = [self.embed(p, ask.media) for p, ask in zip(prompts, asks, strict=True)]
         seeds = [ask.seed for ask in asks]
         generations = generate(self.model.language_model, embeds, settings, seeds)
         return [
@@ -278,8 +346,8 @@ class Engine:
 
     def _answer(self, ask: Ask, prompt: Prompt, generation: Generation) -> Answer:
         text = self.tokenizer.decode(generation.ids).strip()
-        num_visual = 0 if ask.visual_tokens is None else len(ask.visual_tokens)
-        return Answer(text, prompt, generation, find_flags(text, generation), num_visual)
+        flags = find_flags(text, generation)
+        return Answer(text, prompt, generation, flags, ask.media.num_visual, ask.media.num_audio)
 
 
 def find_flags(text: str, generation: Generation) -> tuple[str, ...]:

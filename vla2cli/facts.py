@@ -65,6 +65,7 @@ def missing_public(here: Collection[str]) -> Iterator[dict[str, Any]]:
                 "connector": public.connector,
                 "num_frames": public.num_frames,
                 "visual_tokens": public.visual_tokens,
+                "audio_tokens": public.audio_tokens,
                 "parameters": public.num_parameters,
                 "disk_gb": public.disk_gb,
                 "memory_gb": _memory(public.id, public.num_parameters),
@@ -100,6 +101,8 @@ def describe_checkpoint(name: str, checkpoint: Checkpoint, num_parameters: int) 
         "connector": config.projector_type,
         "num_frames": config.num_frames,
         "visual_tokens": config.visual_tokens,
+        "audio_tokens": config.audio.audio_tokens if config.audio else 0,
+        "audio_window_s": config.audio.window.duration_s if config.audio else None,
         "parameters": num_parameters,
         "disk_gb": round(checkpoint.size_bytes / 1e9, 4),
         "memory_gb": _memory(name, num_parameters),
@@ -114,9 +117,10 @@ def describe_line(found: Mapping[str, Any]) -> str:
     size = format_size(found["disk_gb"] * 1e9)
     place = f"here, {size}" if found["on_disk"] else f"not here, {size}"
     form = "" if found["form"] == "whole" else f"{found['form']} only, "
+    ears = f", sound {found['audio_tokens']} tokens" if found["audio_tokens"] else ""
     return (
         f"{found['id']}  {place}; {form}{found['num_frames']} frames, {found['visual_tokens']} "
-        f"tokens, {found['parameters'] / 1e9:.1f} B; memory "
+        f"tokens{ears}, {found['parameters'] / 1e9:.1f} B; memory "
         + ", ".join(f"{gb} GB in {dtype}" for dtype, gb in memory.items())
     )
 

@@ -16,8 +16,8 @@ from vla2cli.inputs import Item
 from vla2cli.jobs import Job, in_parts
 from vla2cli.ledger import Record
 from vla2cli.media.records import Clip
-from vla2cli.plan import Work, modality_of
-from vla2cli.record import error_field, frame_fields, make_record
+from vla2cli.plan import Work
+from vla2cli.record import clip_fields, error_field, make_record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,20 +27,31 @@ if TYPE_CHECKING:
 LEDGER_NAME = "features.jsonl"
 LONGEST_NAME = 200  # bytes; a file system takes 255, and endings follow
 # name -> shape, in the order in which the stages make them; `T` frames, `N` patches of width `C`,
-# `L` positions of width `D`, `V` the vocabulary
-TENSORS = {
+# `R` rows of 10 ms, `L` positions of width `D`, `V` the vocabulary
+VISUAL = {
     "frame_indices": "(T,) int64",
     "timestamps_s": "(T,) float64",
     "pixel_values": "(T, 3, S, S) float32",
     "vision_features": "(T, N, C)",
-    "projector_tokens": "(1, num_tokens, D)",
+    "projector_tokens": "(1, num_visual, D)",
+}
+AUDIO = {
+    "fbank": "(1, R, 128) bfloat16",
+    "beats_features": "(1, num_audio, C)",
+    "audio_tokens": "(1, num_audio, D)",
+}
+PROMPT = {
     "input_ids": "(L0,) int64, negative where the media belong",
     "attention_mask_spliced": "(L,) int64",
     "inputs_embeds": "(L, D)",
     "first_logits": "(V,) float32",
     "generated_ids": "(num_new,) int64",
 }
-DEFAULT_TENSORS = ("frame_indices", "timestamps_s", "vision_features", "projector_tokens")
+TENSORS = {**VISUAL, **AUDIO, **PROMPT}
+DEFAULT_TENSORS = (
+    *("frame_indices", "timestamps_s", "vision_features", "projector_tokens"),
+    *("beats_features", "audio_tokens"),
+)
 
 
 def parse_tensors(names: str | None) -> tuple[str, ...]:
@@ -115,7 +126,14 @@ def run_features(
         folder: where the files go.
         names: any of `TENSORS`.
         should_stop: asked between clips.
+
+    Raises:
+        UsageError: only tensors of sound are wanted, and the model has no ears.
     """
+    if set(names) <= set(AUDIO) and not job.engine.has_ears:
+        raise UsageError(
+            f"'--tensors {','.join(names)}': the model has no audio branch, which would make them"
+        )
     for outcomes in job.clips(works, should_stop=should_stop):
         for work, found in outcomes:
             if should_stop():
@@ -147,14 +165,14 @@ def _records(
         yield from job.failures(work, found, found.state)
         return
     for (question,) in work.conversations:
-        ask = Ask(question, modality_of(work.item), None)
+        ask = Ask(question, job.sampling.medium_of(work.item))
         (tensors,) = in_parts(
             lambda rows: [compute(job.engine, found, rows[0], job.settings, names)],
             [ask],
             "encode",
         )
         fields = job.fields(work.item, (question,), 0, found.state)
-        fields |= {"frames": frame_fields(found), "decoder": found.decoder}
+        fields |= clip_fields(found)
         if isinstance(tensors, InputError):
             yield make_record(**fields, error=error_field(tensors))
             continue
@@ -175,48 +193,90 @@ def compute(
 
     Args:
         engine: the model.
-        clip: fitted frames.
-        ask: the prompt, for the stages from `input_ids` on; its visual tokens are ignored.
+        clip: fitted frames, sound or both.
+        ask: the prompt, for the stages from `input_ids` on; its media are ignored.
         settings: for `generated_ids`.
-        names: any of `TENSORS`.
+        names: any of `TENSORS`; those of what is not seen or not heard are left out.
 
     Returns:
         The wanted tensors on the CPU, named and shaped as in `TENSORS`.
+
+    Raises:
+        InputError: the clip has none of them.
     """
+    wanted = set(names)
+    needs_media = bool(wanted & set(list(PROMPT)[1:]))
+    made: dict[str, Tensor] = {}
+    if clip.frames is not None:
+        made |= _visual_tensors(engine, clip, set(VISUAL) if needs_media else wanted)
+    if clip.sound is not None:
+        made |= _audio_tensors(engine, clip, set(AUDIO) if needs_media else wanted)
+    if wanted & set(PROMPT):
+        made |= _prompt_tensors(engine, made, ask, settings, wanted)
+    if not wanted & set(made):
+        listed = ", ".join(name for name in TENSORS if name in wanted)
+        raise InputError(
+            f"{clip.kind} without {'sound' if clip.sound is None else 'frames'} gives no {listed}",
+            kind="no-tensors",
+            stage="encode",
+        )
+    return {name: made[name].cpu().contiguous() for name in made if name in wanted}
+
+
+def _visual_tensors(engine: Engine, clip: Clip, wanted: set[str]) -> dict[str, Tensor]:
     import torch
 
-    last = max(list(TENSORS).index(name) for name in names)
-    reach = set(list(TENSORS)[: last + 1])
-    made: dict[str, Tensor] = {
+    made = {
         "frame_indices": torch.tensor(clip.indices, dtype=torch.long),
         "timestamps_s": torch.tensor(clip.timestamps_s, dtype=torch.float64),
         "pixel_values": engine.pixel_values(clip),
     }
-    if "vision_features" in reach:
-        features = engine.vision_features([clip])
-        made["vision_features"] = features[0]
+    if wanted & {"vision_features", "projector_tokens"}:
+        (made["vision_features"],) = features = engine.vision_features([clip])
         made["projector_tokens"] = engine.frontend.visual_tokens(features)[0][None]
-    if "input_ids" in reach:
-        made |= _prompt_tensors(engine, ask, made["projector_tokens"][0])
-    if "first_logits" in reach:
-        num_new = settings.max_new_tokens if "generated_ids" in reach else 1
-        ask = replace(ask, visual_tokens=made["projector_tokens"][0])
-        (answer,) = engine.answer([ask], replace(settings, max_new_tokens=num_new))
-        made["first_logits"] = answer.generation.first_logits
-        made["generated_ids"] = torch.tensor(answer.generation.ids, dtype=torch.long)
-    return {name: made[name].cpu().contiguous() for name in names}
+    return made
 
 
-def _prompt_tensors(engine: Engine, ask: Ask, tokens: Tensor) -> dict[str, Tensor]:
+def _audio_tensors(engine: Engine, clip: Clip, wanted: set[str]) -> dict[str, Tensor]:
+    made: dict[str, Tensor] = {}
+    if wanted & set(AUDIO):
+        made["fbank"] = engine.fbank(clip)
+    if wanted & {"beats_features", "audio_tokens"}:
+        made["beats_features"] = engine.frontend.audio_features(made["fbank"])
+        made["audio_tokens"] = engine.frontend.audio_tokens(made["beats_features"])
+    return made
+
+
+def _prompt_tensors(
+    engine: Engine,
+    media: dict[str, Tensor],
+    ask: Ask,
+    settings: GenerationSettings,
+    wanted: set[str],
+) -> dict[str, Tensor]:
     import torch
 
+    from vla2cli.engine import MediaTokens
+
     prompt = engine.prompt(ask)
+    made = {"input_ids": torch.tensor(prompt.input_ids, dtype=torch.long)}
+    if wanted & set(PROMPT) == {"input_ids"}:
+        return made
+    visual, audio = media.get("projector_tokens"), media.get("audio_tokens")
+    tokens = MediaTokens(
+        visual=None if visual is None else visual[0], audio=None if audio is None else audio[0]
+    )
     embeds = engine.embed(prompt, tokens)
-    return {
-        "input_ids": torch.tensor(prompt.input_ids, dtype=torch.long),
-        "attention_mask_spliced": torch.ones(len(embeds), dtype=torch.long),
-        "inputs_embeds": embeds,
-    }
+    made["attention_mask_spliced"] = torch.ones(len(embeds), dtype=torch.long)
+    made["inputs_embeds"] = embeds
+    if wanted & {"first_logits", "generated_ids"}:
+        num_new = settings.max_new_tokens if "generated_ids" in wanted else 1
+        (answer,) = engine.answer(
+            [replace(ask, media=tokens)], replace(settings, max_new_tokens=num_new)
+        )
+        made["first_logits"] = answer.generation.first_logits
+        made["generated_ids"] = torch.tensor(answer.generation.ids, dtype=torch.long)
+    return made
 
 
 def _save(tensors: dict[str, Any], path: Path) -> None:

@@ -114,7 +114,8 @@ def find_items(
         arguments: files, folders, glob patterns, `-`.
         stdin: where the list for `-` comes from, by default standard input.
         modality: `auto` keeps every kind; `video`, `av`, `image` and `audio` keep one kind and
-            count the others as skipped. A named file of unknown kind always stays.
+            count the others as skipped. A named file of unknown kind always stays, and for `audio`
+            a named video, which has sound as well.
 
     Raises:
         UsageError: an argument does not exist or cannot be read.
@@ -143,6 +144,7 @@ class _Hit(NamedTuple):
     relative: str
     path: str
     kind: Kind
+    is_named: bool  # by an argument or a list, not met in a folder
 
 
 @dataclass(eq=False)
@@ -192,7 +194,7 @@ class _Search:
         if kind == "unknown" and not is_named:
             root.others.add(relative)
         else:
-            self.hits.append(_Hit(root, relative, path, kind))
+            self.hits.append(_Hit(root, relative, path, kind, is_named))
 
     def add_folder(
         self, root: _Root, folder: str, prefix: str, above: frozenset[_Identity] = frozenset()
@@ -255,7 +257,7 @@ def _identify(search: _Search, modality: str) -> Found:
     prefixes = _name_roots(roots) if len(roots) > 1 else {id(roots[0]): ""}
     paths: dict[str, str] = {}
     items = []
-    for root, relative, path, kind in search.hits:
+    for root, relative, path, kind, is_named in search.hits:
         plain = prefixes[id(root)] + encode_name(relative)
         item_id, number = plain, 1
         while item_id in paths and os.path.realpath(paths[item_id]) != os.path.realpath(path):
@@ -265,7 +267,8 @@ def _identify(search: _Search, modality: str) -> Found:
             continue
         paths[item_id] = path
         root.counts[kind] += 1
-        if kind in kept or kind == "unknown":
+        is_heard = is_named and (modality, kind) == ("audio", "video")
+        if kind in kept or kind == "unknown" or is_heard:
             items.append(Item(item_id, path, kind))
         else:
             root.counts["skipped"] += 1
@@ -305,10 +308,12 @@ def _describe_nothing(notes: tuple[Note, ...], noun: str) -> str:
         names[3:] = [f"{len(names) - 3} more"]
     count = sum(note.looked_at for note in notes)
     unreadable = [line for note in notes for line in note.unreadable]
+    is_deaf = noun == _KEPT["audio"][1] and any(note.videos for note in notes)
     return (
         f"{', '.join(names)} {'holds' if len(names) == 1 else 'hold'} no {noun}"
         f" (looked at {count:,} {'file' if count == 1 else 'files'})"
         + (f"; cannot read {unreadable[0]}" if unreadable else "")
+        + ("; name a video itself to hear only its sound" if is_deaf else "")
     )
 
 

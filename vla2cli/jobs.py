@@ -24,21 +24,19 @@ from vla2cli.media.pool import DecodePool
 from vla2cli.media.records import Clip, ClipRequest, FileState
 from vla2cli.plan import (
     Conversation,
-    FrameSampling,
     Lookup,
     Plan,
+    Sampling,
     Task,
     Work,
     key_fields,
     make_plan,
-    modality_of,
     outcome,
-    settle_kinds,
 )
 from vla2cli.record import (
+    clip_fields,
     error_field,
     file_fields,
-    frame_fields,
     generation_fields,
     history_field,
     make_record,
@@ -46,9 +44,7 @@ from vla2cli.record import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from vla2cli.engine import Answer, Ask, Engine
+    from vla2cli.engine import Answer, Ask, Engine, MediaTokens
 
 DEMO_FLAG = "builtin-model"
 WAIT_S = 0.2  # how long a request to stop may go unnoticed while nothing is decoded
@@ -155,7 +151,7 @@ class _Dialogue:
 
     work: Work
     clip: Clip
-    tokens: Tensor
+    media: MediaTokens
     questions: Conversation
     encode_s: float
     answers: list[Answer] = field(default_factory=list)
@@ -172,7 +168,7 @@ class Job:
     Args:
         engine: its weights are not needed before `run`.
         task: what is asked.
-        sampling: which pictures are looked at.
+        sampling: what of the files is looked at and listened to.
         settings: how the model goes on.
         pool: decodes.
         ledger: what was done before; takes each record before it is yielded.
@@ -183,7 +179,7 @@ class Job:
         self,
         engine: Engine,
         task: Task,
-        sampling: FrameSampling,
+        sampling: Sampling,
         settings: GenerationSettings,
         pool: DecodePool,
         ledger: Ledger | None = None,
@@ -207,11 +203,17 @@ class Job:
 
     def generation(self, item: Item) -> dict[str, Any]:
         """Return the `generation` and `seed` of an item's record."""
-        if modality_of(item) == "image":  # stands for as many frames as the checkpoint says
-            num_frames, decoder = self.engine.checkpoint.config.num_frames, None
-        else:
-            num_frames, decoder = self.sampling.num_frames, self.sampling.decoder
+        num_frames: int | None
+        match self.sampling.medium_of(item):
+            case "image":  # stands for as many frames as the checkpoint says
+                num_frames, decoder = self.engine.checkpoint.config.num_frames, None
+            case "audio":
+                num_frames, decoder = None, None
+            case _:
+                num_frames, decoder = self.sampling.num_frames, self.sampling.decoder
         fields = generation_fields(self.settings, num_frames, decoder)
+        if self.sampling.is_heard(item, self.engine.sound_window):
+            fields["generation"] |= self.sampling.sound_fields(item)
         fields["generation"] |= self.task.options
         return fields
 
@@ -221,7 +223,7 @@ class Job:
         """Split the items into what is to do, what is done and what failed before.
 
         Args:
-            items: what to work on.
+            items: what to work on, from `usable_items`.
             lookup: finds what was done before; by default in the ledger.
             retry_errors: whether what failed before is to do.
 
@@ -231,7 +233,6 @@ class Job:
         """
         if lookup is None and self.ledger is not None:
             lookup = self.ledger.lookup
-        items = settle_kinds(items, self.pool)
         self._check_questions(items)
         return make_plan(
             items,
@@ -252,9 +253,9 @@ class Job:
     def _check_questions(self, items: Sequence[Item]) -> None:
         from vla2cli.prompt import check_question
 
-        for modality in {modality_of(item) for item in items}:
+        for medium in {self.sampling.medium_of(item) for item in items}:
             for question in (question for turns in self.task.conversations for question in turns):
-                check_question(question, modality)
+                check_question(question, medium)
 
     def run(
         self, works: Iterable[Work], *, should_stop: Callable[[], bool] = lambda: False
@@ -277,7 +278,9 @@ class Job:
         batches = decode_ahead(
             works,
             self.pool,
-            lambda item: self.sampling.request(item, self.engine.geometry),
+            lambda item: self.sampling.request(
+                item, self.engine.geometry, self.engine.sound_window
+            ),
             batch=self.batch,
             should_stop=should_stop,
         )
@@ -301,12 +304,12 @@ class Job:
         if not clips:
             return
         dialogues: list[_Dialogue] = []
-        for (work, clip), tokens, encode_s in self._encode(clips):
-            if isinstance(tokens, InputError):
-                yield from self.failures(work, tokens, clip.state)
+        for (work, clip), media, encode_s in self._encode(clips):
+            if isinstance(media, InputError):
+                yield from self.failures(work, media, clip.state)
                 continue
             dialogues += [
-                _Dialogue(work, clip, tokens, questions, encode_s)
+                _Dialogue(work, clip, media, questions, encode_s)
                 for questions in work.conversations
             ]
         while open_now := [dialogue for dialogue in dialogues if dialogue.is_open]:
@@ -317,13 +320,13 @@ class Job:
 
     def _encode(
         self, clips: list[tuple[Work, Clip]]
-    ) -> Iterator[tuple[tuple[Work, Clip], Tensor | InputError, float]]:
+    ) -> Iterator[tuple[tuple[Work, Clip], MediaTokens | InputError, float]]:
         started = time.perf_counter()
         encoded = in_parts(self.engine.encode, [clip for _, clip in clips], "encode")
         encode_s = time.perf_counter() - started
         self.busy_s["tower"] += encode_s
-        for row, tokens in zip(clips, encoded, strict=True):
-            yield row, tokens, encode_s / len(clips)
+        for row, media in zip(clips, encoded, strict=True):
+            yield row, media, encode_s / len(clips)
 
     def _ask(self, dialogues: list[_Dialogue]) -> Iterator[Record]:
         """Ask the next question of each dialogue; yield the records of those that end."""
@@ -360,8 +363,8 @@ class Job:
         key = key_fields(self.task, self.sampling, dialogue.work.item, dialogue.questions, turn)
         return Ask(
             question=dialogue.questions[turn],
-            modality=modality_of(dialogue.work.item),
-            visual_tokens=dialogue.tokens,
+            medium=self.sampling.medium_of(dialogue.work.item),
+            media=dialogue.media,
             history=self._history(dialogue, turn),
             seed=row_seed(self.settings.seed, key),
         )
@@ -382,7 +385,7 @@ class Job:
     def _record(self, dialogue: _Dialogue, turn: int) -> Record:
         clip = dialogue.clip
         common = self.fields(dialogue.work.item, dialogue.questions, turn, clip.state)
-        common |= {"frames": frame_fields(clip), "decoder": clip.decoder}
+        common |= clip_fields(clip)
         if turn:
             common["history"] = history_field(self._history(dialogue, turn))
         answer = dialogue.answers[turn]
@@ -394,7 +397,7 @@ class Job:
             tokens={
                 "prompt": answer.num_prompt,
                 "visual": answer.num_visual,
-                "audio": 0,
+                "audio": answer.num_audio,
                 "new": len(answer.generation.ids),
             },
             logprob_mean=answer.generation.logprob_mean,
@@ -416,10 +419,15 @@ class Job:
         return {
             **file_fields(item, state),
             **key,
-            "modality": modality_of(item),
+            "modality": self._asked_modality(item),
             "flags": [],
             "model": self.engine.identity,
             "decoder": self.sampling.decoder,
             **self.engine.backends,
             **self.generation(item),
         }
+
+    def _asked_modality(self, item: Item) -> str:
+        """Return the `modality` of a record whose file was not read: what was asked for."""
+        medium = self.sampling.medium_of(item)
+        return "av" if (medium, self.sampling.modality) == ("video", "av") else medium

@@ -58,7 +58,7 @@ class Layout:
         Args:
             checkpoint: what to load.
             dtype: of what is not quantised.
-            device: of tower and connector, which stay whole; with `device_map`, accelerate's
+            device: of towers and connectors, which stay whole; with `device_map`, accelerate's
                 first.
 
         Raises:
@@ -84,9 +84,7 @@ class Layout:
 
         empty = build_empty(checkpoint.config)
         front_size = sum(
-            parameter.numel()
-            for part in (empty.vision_tower, empty.mm_projector)
-            for parameter in part.parameters()
+            parameter.numel() for part in empty.front for parameter in part.parameters()
         )
         device_map = plan_placement(
             empty.language_model,
@@ -101,7 +99,6 @@ class Layout:
         placement = Placement(device_map, Path(offload.name))
         model = load_model(checkpoint, dtype=dtype, settle=placement.settle)
         placement.spread(model.language_model)
-        front: list[nn.Module] = [model.vision_tower, model.mm_projector]
-        for part in front:
+        for part in model.front:
             part.to(placement.main_device)
         return model

@@ -16,7 +16,7 @@ import typer
 
 from vla2cli.config import GenerationChoice, read_config_file
 from vla2cli.errors import UsageError
-from vla2cli.plan import FrameSampling
+from vla2cli.plan import Sampling
 
 # where `make demo` puts the model that the help's examples use
 DEMO_HUB = "--hub-dir .demo/hub"
@@ -129,12 +129,32 @@ Batch = Annotated[int, _option("--batch", help="Prompts that are answered togeth
 # what of a file is looked at
 Modality = Annotated[
     Literal["auto", "video", "image", "audio", "av"],
-    _option("--modality", help="Which kinds of files, and what of them."),
+    _option(
+        "--modality",
+        help="auto uses what the model and the file have. video and image: pictures only. "
+        "audio: sound files, and of a video that is named itself only the sound. "
+        "av: videos with their sound, silence where there is none.",
+    ),
 ]
 Start = Annotated[
     str | None, _option("--start", help="Begin here: seconds, or [hours:]minutes:seconds.")
 ]
 End = Annotated[str | None, _option("--end", help="End here, in the same form.")]
+AudioStart = Annotated[
+    str | None,
+    _option(
+        "--audio-start",
+        help="Where in a longer audio file the 30 s begin that are heard.",
+        show_default="its beginning",
+    ),
+]
+AudioRange = Annotated[
+    Literal["same", "whole"],
+    _option(
+        "--audio-range",
+        help="Sound of --start to --end (same), or of the whole file, as the reference does.",
+    ),
+]
 Frames = Annotated[
     int | None, _option("--frames", help="Frames of each video, 1 to 32; the model's by default.")
 ]
@@ -205,6 +225,8 @@ class RunOptions:
     modality: str
     start: str | None
     end: str | None
+    audio_start: str | None
+    audio_range: str
     frames: int | None
     decoder: str
     decode_timeout: float
@@ -269,10 +291,17 @@ class RunOptions:
             seed=default.seed,
         )
 
-    def sampling(self, num_frames: int) -> FrameSampling:
-        """Which pictures are looked at; `num_frames` is the checkpoint's own number."""
-        num_frames = self.frames if self.frames is not None else num_frames
-        return FrameSampling(num_frames, parse_time(self.start), parse_time(self.end), self.decoder)
+    def sampling(self, num_frames: int) -> Sampling:
+        """What is looked at and listened to; `num_frames` is the checkpoint's own number."""
+        return Sampling(
+            num_frames=self.frames if self.frames is not None else num_frames,
+            start_s=parse_time(self.start),
+            end_s=parse_time(self.end),
+            decoder=self.decoder,
+            modality=self.modality,
+            audio_start_s=parse_time(self.audio_start),
+            audio_range=self.audio_range,
+        )
 
     @property
     def ledger_path(self) -> str | None:

@@ -8,24 +8,29 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from vla2_models.sound import SoundWindow
 from vla2cli.errors import InputError, UsageError
-from vla2cli.inputs import Item, encode_name
+from vla2cli.inputs import Item, Kind, encode_name
 from vla2cli.ledger import Entry, Key, is_current, key_of
 from vla2cli.media.pool import DecodePool
-from vla2cli.media.records import ClipRequest, FileState
+from vla2cli.media.records import ClipRequest, FileState, SoundRequest
 from vla2cli.media.sampling import MAX_FRAMES
 from vla2cli.preprocess import FrameGeometry
 
-DEFAULT_PROMPT = "Please describe the {modality} in detail."
+DEFAULT_PROMPT = "Please describe the {medium} in detail."
+AUDIO_RANGES = ("same", "whole")
+# modality -> kinds of files that it is about; find_items leaves videos out of folders for `audio`
+KINDS_OF: Mapping[str, frozenset[Kind]] = {
+    "auto": frozenset({"video", "image", "audio"}),
+    "video": frozenset({"video"}),
+    "image": frozenset({"image"}),
+    "audio": frozenset({"audio", "video"}),
+    "av": frozenset({"video"}),
+}
 
 Conversation = tuple[str, ...]  # questions that follow each other, with the answers in between
 Lookup = Callable[[Key], Entry | None]
 Result = TypeVar("Result")
-
-
-def modality_of(item: Item) -> str:
-    """Return the modality an item is asked about in."""
-    return "image" if item.kind == "image" else "video"
 
 
 @dataclass(frozen=True)
@@ -33,23 +38,26 @@ class Task:
     """What is asked of every file."""
 
     name: str  # caption, ask or features
-    conversations: tuple[Conversation, ...] = ()  # none: the default prompt of the modality
+    conversations: tuple[Conversation, ...] = ()  # none: the default prompt of the medium
     options: Mapping[str, Any] = field(default_factory=dict)  # put into a record's `generation`
 
-    def conversations_about(self, item: Item) -> tuple[Conversation, ...]:
-        """Return what to ask about one file, every conversation once."""
-        default = (DEFAULT_PROMPT.format(modality=modality_of(item)),)
+    def conversations_about(self, medium: str) -> tuple[Conversation, ...]:
+        """Return what to ask about a file, every conversation once."""
+        default = (DEFAULT_PROMPT.format(medium=medium),)
         return tuple(dict.fromkeys(self.conversations)) or (default,)
 
 
 @dataclass(frozen=True)
-class FrameSampling:
-    """Which pictures of a file are looked at."""
+class Sampling:
+    """What of a file is looked at, and what is listened to where the model has ears."""
 
     num_frames: int
     start_s: float | None = None
     end_s: float | None = None
     decoder: str = "pyav"
+    modality: str = "auto"  # as the flag: auto, video, image, audio or av
+    audio_start_s: float | None = None  # where the window begins in a longer audio file
+    audio_range: str = "same"  # same: the sound of the range; whole: of the whole file, as upstream
 
     def __post_init__(self) -> None:
         """Refuse what upstream would cut or swap without a word.
@@ -61,26 +69,79 @@ class FrameSampling:
             raise UsageError(f"'--frames {self.num_frames}': at least 1 frame is needed")
         if self.num_frames > MAX_FRAMES:
             raise UsageError(f"'--frames {self.num_frames}': the model takes at most {MAX_FRAMES}")
+        if self.modality not in KINDS_OF:
+            raise UsageError(f"'--modality {self.modality}': expected one of {', '.join(KINDS_OF)}")
         if self.end_s is not None and self.end_s <= (self.start_s or 0.0):
             raise UsageError(f"'--end {self.end_s:g}': the range ends before it begins")
+        if self.audio_range not in AUDIO_RANGES:
+            raise UsageError(
+                f"'--audio-range {self.audio_range}': expected {' or '.join(AUDIO_RANGES)}"
+            )
+        start_s, end_s = self._sound_range()
+        if self.audio_start_s is not None and not (
+            (start_s or 0.0) <= self.audio_start_s < (end_s or float("inf"))
+        ):
+            raise UsageError(
+                f"'--audio-start {self.audio_start_s:g}' lies outside of --start and --end"
+            )
+
+    def medium_of(self, item: Item) -> str:
+        """Return what an item is asked about as: image, video or audio.
+
+        A video that is only listened to is `audio`; one that is also listened to stays `video`.
+        """
+        if item.kind == "image":
+            return "image"
+        return "audio" if "audio" in (item.kind, self.modality) else "video"
+
+    def is_heard(self, item: Item, window: SoundWindow | None) -> bool:
+        """Tell whether the sound of an item is asked for, of a model that hears `window`."""
+        medium = self.medium_of(item)
+        return window is not None and (
+            medium == "audio" or (medium == "video" and self.modality in ("auto", "av"))
+        )
 
     def segment_of(self, item: Item) -> dict[str, float | None] | None:
         """Return the record's `segment`: null for a whole file, and for a picture."""
-        if modality_of(item) == "image" or (self.start_s is None and self.end_s is None):
+        medium = self.medium_of(item)
+        start_s, end_s = self._sound_range() if medium == "audio" else (self.start_s, self.end_s)
+        if medium == "image" or (start_s is None and end_s is None):
             return None
-        return {"start_s": self.start_s, "end_s": self.end_s}
+        return {"start_s": start_s, "end_s": end_s}
 
-    def request(self, item: Item, geometry: FrameGeometry) -> ClipRequest:
-        """Ask the decoder for one file."""
+    def sound_fields(self, item: Item) -> dict[str, Any]:
+        """Describe for a record's `generation` what decides which sound is heard."""
+        if self.medium_of(item) == "audio":
+            return {"audio_start_s": self.audio_start_s}
+        return {"modality": self.modality, "audio_range": self.audio_range}
+
+    def request(
+        self, item: Item, geometry: FrameGeometry, window: SoundWindow | None
+    ) -> ClipRequest:
+        """Ask the decoder for one file; a model without ears has no window."""
+        sound = None
+        if window is not None and self.is_heard(item, window):
+            start_s, end_s = self._sound_range()
+            sound = SoundRequest(
+                window=window,
+                is_required=self.modality == "av",
+                start_s=start_s,
+                end_s=end_s,
+                audio_start_s=self.audio_start_s,
+            )
         return ClipRequest(
             path=item.path,
-            kind=item.kind,
+            kind="audio" if self.medium_of(item) == "audio" else item.kind,
             geometry=geometry,
             num_frames=self.num_frames,
             start_s=self.start_s,
             end_s=self.end_s,
             decoder=self.decoder,
+            sound=sound,
         )
+
+    def _sound_range(self) -> tuple[float | None, float | None]:
+        return (None, None) if self.audio_range == "whole" else (self.start_s, self.end_s)
 
 
 @dataclass(frozen=True)
@@ -111,7 +172,7 @@ def count_records(works: Iterable[Work]) -> int:
 
 
 def key_fields(
-    task: Task, sampling: FrameSampling, item: Item, conversation: Conversation, turn: int
+    task: Task, sampling: Sampling, item: Item, conversation: Conversation, turn: int
 ) -> dict[str, Any]:
     """Return the fields that make up the key of one turn's record."""
     return {
@@ -131,8 +192,24 @@ def outcome(future: Future[Result]) -> Result | InputError:
         return error
 
 
-def settle_kinds(items: Sequence[Item], pool: DecodePool) -> list[Item]:
-    """Look into the files whose names do not say whether they are pictures or videos."""
+def usable_items(
+    items: Sequence[Item], pool: DecodePool, modality: str, *, has_ears: bool
+) -> list[Item]:
+    """Keep what the model can take of what was asked for.
+
+    Args:
+        items: of any kind; those whose names do not say what they are, are looked into.
+        pool: looks into files.
+        modality: as the flag.
+        has_ears: of the model. To one without, a nameless file of sound is a video that lacks its
+            picture, so that it gets an error record, and a file that is called sound is left out.
+    """
+    kinds = KINDS_OF[modality] - (set() if has_ears else {"audio"})
+    settled = _settle_kinds(items, pool, has_ears=has_ears)
+    return [item for item in settled if item.kind in kinds]
+
+
+def _settle_kinds(items: Sequence[Item], pool: DecodePool, *, has_ears: bool) -> list[Item]:
     probes = {
         i: pool.submit_probe(item.path, item.kind)
         for i, item in enumerate(items)
@@ -141,15 +218,17 @@ def settle_kinds(items: Sequence[Item], pool: DecodePool) -> list[Item]:
     settled = list(items)
     for i, probe in probes.items():
         found = outcome(probe)
-        is_image = not isinstance(found, InputError) and found.kind == "image"
-        settled[i] = replace(items[i], kind="image" if is_image else "video")
+        kind = "" if isinstance(found, InputError) else found.kind
+        is_sound = kind == "audio" and has_ears
+        named: Kind = "image" if kind == "image" else "audio" if is_sound else "video"
+        settled[i] = replace(items[i], kind=named)
     return settled
 
 
 def make_plan(
     items: Sequence[Item],
     task: Task,
-    sampling: FrameSampling,
+    sampling: Sampling,
     pool: DecodePool,
     *,
     lookup: Lookup | None,
@@ -164,7 +243,7 @@ def make_plan(
     Args:
         items: what to work on, their kinds settled.
         task: what is asked.
-        sampling: which pictures are looked at.
+        sampling: what of the files is looked at and listened to.
         pool: hashes.
         lookup: finds what was done before.
         wanted: `model_sha256` and `settings` that an item's record must come from.
@@ -175,7 +254,9 @@ def make_plan(
     """
     check = _ResumeCheck(task, sampling, pool, lookup, wanted, retry_errors)
     asked = [
-        (item, conversation) for item in items for conversation in task.conversations_about(item)
+        (item, conversation)
+        for item in items
+        for conversation in task.conversations_about(sampling.medium_of(item))
     ]
     decisions = [check.start(item, conversation) for item, conversation in asked]
     split: dict[str, list[Work]] = {"todo": [], "done": [], "failed": []}
@@ -193,7 +274,7 @@ class _ResumeCheck:
     """Decides whether the records of a conversation still hold; hashes run side by side."""
 
     task: Task
-    sampling: FrameSampling
+    sampling: Sampling
     pool: DecodePool
     lookup: Lookup | None
     wanted: Callable[[Item], Mapping[str, Any]]

@@ -59,7 +59,7 @@ def build_prompt(
     model_type: str,
     question: str,
     *,
-    modality: str = "video",
+    medium: str = "video",
     history: Sequence[Turn] = (),
 ) -> Prompt:
     """Render and tokenise a question, after what was said before.
@@ -68,27 +68,27 @@ def build_prompt(
         tokenizer: the checkpoint's.
         model_type: as in config.json; decides whether the template is offered a system message.
         question: the user's words.
-        modality: `video`, `image` or `text` (no media at all).
+        medium: `video`, with or without its sound, `image`, `audio` or `text` (no media at all).
         history: earlier turns about the same clip.
 
     Raises:
         UsageError: a question holds the placeholder itself.
         ModelError: the template refuses the conversation, fails, or drops the clip's place.
     """
-    placeholder = "" if modality == "text" else f"<{modality}>"
+    placeholder = "" if medium == "text" else f"<{medium}>"
     for text in [*(turn.question for turn in history), question]:
-        check_question(text, modality)
+        check_question(text, medium)
     messages = _messages(model_type, placeholder, question, history)
     text = _render(tokenizer, messages)
     return Prompt(text, tuple(tokenize(tokenizer, text, placeholder)))
 
 
-def check_question(question: str, modality: str) -> None:
+def check_question(question: str, medium: str) -> None:
     """Refuse a question that holds the placeholder of its own clip."""
-    placeholder = f"<{modality}>"
-    if modality != "text" and placeholder in question:
+    placeholder = f"<{medium}>"
+    if medium != "text" and placeholder in question:
         raise UsageError(
-            f"the question '{question}' holds '{placeholder}', which stands for the {modality} "
+            f"the question '{question}' holds '{placeholder}', which stands for the {medium} "
             "itself; leave it out"
         )
 

@@ -38,6 +38,7 @@ FIELDS = (
     "tokens",
     "logprob_mean",
     "frames",
+    "sound",
     "model",
     "decoder",
     "frontend",
@@ -51,14 +52,14 @@ FIELDS = (
     "created",
 )
 # fields that only some records have
-OPTIONAL_FIELDS = ("text", "error", "history", "file", "tensors")
+OPTIONAL_FIELDS = ("text", "error", "history", "file", "tensors", "sound")
 
 
 def make_record(**fields: Any) -> dict[str, Any]:
     """Put the fields of a record in order; those that are not given are null.
 
     A record has `text`, `error`, or the `file` and `tensors` of features; `history` only in a
-    conversation.
+    conversation, `sound` only where something was heard.
     """
     fields = {"vla2_version": __version__, "created": now(), **fields}
     unknown = fields.keys() - set(FIELDS)
@@ -80,7 +81,7 @@ def file_fields(item: Item, state: FileState | None) -> dict[str, Any]:
 
 
 def generation_fields(
-    settings: GenerationSettings, num_frames: int, decoder: str | None
+    settings: GenerationSettings, num_frames: int | None, decoder: str | None
 ) -> dict[str, Any]:
     """Describe what decided the tokens: `generation` and `seed`.
 
@@ -101,12 +102,22 @@ def generation_fields(
     return {"generation": generation, "seed": settings.seed if settings.is_sampled else None}
 
 
-def frame_fields(clip: Clip) -> dict[str, Any]:
-    """Describe which pictures of the file were looked at."""
-    return {
-        "indices": list(clip.indices),
-        "timestamps_s": [round(t, 6) for t in clip.timestamps_s],
-    }
+def clip_fields(clip: Clip) -> dict[str, Any]:
+    """Describe what of the file was looked at and listened to."""
+    fields: dict[str, Any] = {"modality": clip.kind, "decoder": clip.decoder}
+    if clip.frames is not None:
+        fields["frames"] = {
+            "indices": list(clip.indices),
+            "timestamps_s": [round(t, 6) for t in clip.timestamps_s],
+        }
+    if clip.sound is not None:
+        fields["sound"] = {
+            "duration_s": round(clip.sound.duration_s, 6),
+            "spans_s": [[round(t, 6) for t in span] for span in clip.sound.spans_s],
+        }
+        if clip.kind == "video":
+            fields["modality"] = "av"
+    return fields
 
 
 def error_field(error: InputError) -> dict[str, str]:

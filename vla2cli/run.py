@@ -25,9 +25,9 @@ from vla2cli.errors import InputError, NoInputError, UsageError
 from vla2cli.inputs import Found, Item, Note, find_items
 from vla2cli.jobs import Job, Totals
 from vla2cli.ledger import Ledger, Record, check_output, read_index
-from vla2cli.media.pool import DecodePool, default_num_workers
+from vla2cli.media.pool import DecodePool, Probe, default_num_workers
 from vla2cli.options import RunOptions
-from vla2cli.plan import Plan, Task, Work, count_records, outcome, settle_kinds
+from vla2cli.plan import Plan, Task, Work, count_records, outcome, usable_items
 from vla2cli.stop import Stop
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 LONG_BYTES = 1e9  # reading more takes seconds: say so
 NOUNS = {"caption": "caption", "ask": "answer", "features": "feature file"}
 PUBLIC_MODELS = ("DAMO-NLP-SG/VideoLLaMA2-7B", "DAMO-NLP-SG/VideoLLaMA2-7B-16F")
+
+NO_EARS = f"this model has no audio branch; --modality audio needs {WITH_EARS}"
 
 RunRecords = Callable[[Job, Sequence[Work], Callable[[], bool]], Iterator[Record]]
 
@@ -75,7 +77,7 @@ def run_batch(
         if ledger_path is not None:
             check_output(ledger_path)
         engine = engine or open_engine(options, console)
-        items = usable_items(found, options, console)
+        _note_found(found, options.modality, engine.has_ears, console)
         pool = stack.enter_context(
             DecodePool(
                 options.workers or default_num_workers(),
@@ -83,13 +85,14 @@ def run_batch(
                 memory_bytes=int(options.decode_memory * 2**30),
             )
         )
-        items = [item for item in settle_kinds(items, pool) if _is_wanted(item, options.modality)]
+        items = usable_items(found.items, pool, options.modality, has_ears=engine.has_ears)
+        if not items:
+            raise NoInputError(_describe_unusable(options.modality, engine.has_ears))
         ledger = None
         if ledger_path is not None and not options.dry_run:
             ledger = stack.enter_context(Ledger.open(ledger_path, force=options.force))
             _note_repairs(ledger, ledger_path, console)
         sampling = options.sampling(engine.checkpoint.config.num_frames)
-        engine.check_frames(sampling.num_frames)
         settings = engine.settings(options.generation)
         job = Job(engine, task, sampling, settings, pool, ledger, batch=options.batch)
         _note_hashing(engine, console)
@@ -124,15 +127,11 @@ def open_engine(options: RunOptions, console: Console) -> Engine:
 
     source = open_source(options.hub_dir, options.offline, console)
     checkpoint = open_checkpoint(options.model, source, revision=options.revision)
-    if options.modality in ("audio", "av"):
-        raise UsageError(
-            f"--modality {options.modality} needs a model with an audio branch; "
-            f"{options.model} has none (try {WITH_EARS})"
-        )
     layout = Layout(options.load_in, options.device_map)
     engine = Engine(checkpoint, device=options.device, dtype=options.dtype, layout=layout)
     # in a moment, from headers: a wrong folder is refused before the output is touched
     engine.check()
+    engine.check_sampling(options.sampling(checkpoint.config.num_frames))
     if checkpoint.config.is_demo:
         console.note(
             f"vla2: '{options.model}' is a demonstration model with random weights: its words "
@@ -142,44 +141,29 @@ def open_engine(options: RunOptions, console: Console) -> Engine:
     return engine
 
 
-def _is_wanted(item: Item, modality: str) -> bool:
-    return modality not in ("video", "image") or item.kind == modality
-
-
-def usable_items(found: Found, options: RunOptions, console: Console) -> list[Item]:
-    """Leave out what the model cannot take, and say so.
-
-    Raises:
-        NoInputError: nothing is left.
-    """
+def _note_found(found: Found, modality: str, has_ears: bool, console: Console) -> None:
+    """Say what the paths hold, and what of it the model cannot take."""
     for note in found.notes:
         for folder in note.unreadable:
             console.note(f"vla2: {folder}; skipped")
         if note.looked_at != 1:
-            console.note(f"{note.root}: {_describe_note(note, options.modality)}")
-    items = [item for item in found.items if item.kind != "audio"]
-    if not items:
-        raise NoInputError(
-            "only audio files were found, and this model has no audio branch; "
-            f"--modality audio needs {WITH_EARS}"
-        )
-    return items
+            console.note(f"{note.root}: {_describe_note(note, modality, has_ears)}")
 
 
-def _describe_note(note: Note, modality: str) -> str:
-    parts = [
-        count(number, noun)
-        for number, noun in ((note.videos, "video"), (note.images, "image"))
-        if number
-    ]
-    if modality == "auto" and note.audio:
-        parts.append(
-            f"{count(note.audio, 'audio file')} skipped (this model has no audio branch; "
-            f"--modality audio needs {WITH_EARS})"
-        )
+def _describe_note(note: Note, modality: str, has_ears: bool) -> str:
+    nouns = ((note.videos, "video"), (note.images, "image"), (note.audio, "audio file"))
+    parts = [count(number, noun) for number, noun in nouns if number]
+    if note.audio and not has_ears and modality == "auto":
+        parts[-1] += f" skipped ({NO_EARS})"
     elif note.skipped:
         parts.append(f"{note.skipped:,} skipped (--modality {modality})")
-    return ", ".join(parts) or f"no video or image (looked at {count(note.looked_at, 'file')})"
+    return ", ".join(parts) or f"no video, image or sound (looked at {note.looked_at:,} files)"
+
+
+def _describe_unusable(modality: str, has_ears: bool) -> str:
+    if modality == "auto" and not has_ears:
+        return f"only audio files were found ({NO_EARS})"
+    return f"nothing of what was found is of --modality {modality}"
 
 
 def _note_hashing(engine: Engine, console: Console) -> None:
@@ -265,13 +249,8 @@ def _preview(job: Job, plan: Plan, console: Console) -> int:
         if isinstance(found, InputError):
             num_unreadable += work.num_records
             line |= {"action": "unreadable", "why": str(found)}
-        elif found.kind == "video":
-            line |= {
-                "frames": job.sampling.num_frames,
-                "duration_s": round(found.duration_s, 3),
-            }
         else:
-            line |= {"frames": 1}
+            line |= _preview_fields(job, work.item, found)
         print_data(line)
     for works, why in ((plan.done, "done"), (plan.failed, "error")):
         for work in works:
@@ -282,6 +261,19 @@ def _preview(job: Job, plan: Plan, console: Console) -> int:
         f"{num_unreadable:,} unreadable; nothing was run"
     )
     return 0
+
+
+def _preview_fields(job: Job, item: Item, found: Probe) -> dict[str, Any]:
+    """Say what would be looked at and listened to."""
+    medium = job.sampling.medium_of(item)
+    if medium == "image":
+        return {"frames": 1}
+    fields: dict[str, Any] = {"duration_s": round(found.duration_s, 3)}
+    if medium == "video":
+        fields = {"frames": job.sampling.num_frames, **fields}
+    if job.sampling.is_heard(item, job.engine.sound_window):
+        fields["sound"] = found.has_sound
+    return fields
 
 
 def _shower(

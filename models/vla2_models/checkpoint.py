@@ -19,7 +19,15 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from .config import LANGUAGE_CONFIGS, CheckpointConfig, read_config, tower_name
+from .beats import BEATsDesign, read_design
+from .config import (
+    LANGUAGE_CONFIGS,
+    CheckpointConfig,
+    audio_tower_name,
+    read_audio,
+    read_config,
+    tower_name,
+)
 from .errors import CheckpointError
 from .files import read_json
 from .hub import (
@@ -38,7 +46,7 @@ from .hub import (
     locate,
     whole_names,
 )
-from .names import PEFT_PREFIX, TOWER_PREFIX
+from .names import AUDIO_TOWER_PREFIX, PEFT_PREFIX, TOWER_PREFIX
 from .public import suggest
 from .tensors import read_shapes
 
@@ -134,6 +142,8 @@ def open_checkpoint(
         _refuse_whole_pickles(folder, layers)
     if not any(_holds_tower(layer) for layer in layers):
         layers.append(_tower_layer(config.mm_vision_tower, source))
+    if audio_tower_name(folder, raw) is not None:
+        config = replace(config, audio=read_audio(config, _audio_design(folder, layers)))
     adapter = first_of(folder, ADAPTER_FILES)
     return Checkpoint(located, config, tuple(layers), form, text_folder, adapter)
 
@@ -242,6 +252,25 @@ def _find_base(folder: Path, source: Source) -> Path:
 def _holds_tower(layer: Layer) -> bool:
     names = (public for path in layer.files for public, _, _ in layer.shapes(path))
     return any(name.startswith(TOWER_PREFIX) for name in names)
+
+
+def _audio_design(folder: Path, layers: Sequence[Layer]) -> BEATsDesign:
+    shapes = {
+        public.removeprefix(AUDIO_TOWER_PREFIX): shape
+        for layer in reversed(layers)  # the first to hold a tensor is the one that counts
+        for path in layer.files
+        for public, _, shape in layer.shapes(path)
+        if public.startswith(AUDIO_TOWER_PREFIX)
+    }
+    if not shapes:
+        raise CheckpointError(
+            f"'{folder}/config.json' names an mm_audio_tower, but no weight file holds a tensor "
+            f"{AUDIO_TOWER_PREFIX}*; the checkpoint is incomplete"
+        )
+    try:
+        return read_design(shapes)
+    except CheckpointError as error:
+        raise CheckpointError(f"'{folder}': {error}") from error
 
 
 def _tower_layer(name: str, source: Source) -> Layer:

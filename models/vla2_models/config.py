@@ -1,7 +1,9 @@
 """What a checkpoint's own files say about it: config.json and those of its vision tower.
 
 Nothing is inferred from a checkpoint's name. Source of the fields: upstream VideoLLaMA2@c0bb03a,
-train.py and model/videollama2_arch.py, `initialize_vision_modules`.
+train.py and model/videollama2_arch.py, `initialize_vision_modules`; of those of the ears its branch
+audio_visual at 8cedfbd, `initialize_audio_modules`. They hold no word about the audio tower itself,
+whose design is told by the shapes of its weights.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from .beats import BEATsDesign, is_audio_projector_type
 from .connectors import PROJECTOR_TYPES
 from .errors import CheckpointError, one_line
 from .files import is_positive, read_json
+from .sound import SoundWindow
 from .stc import ConnectorDesign
 
 DEFAULT_NUM_FRAMES = 8  # upstream constants.py, where config.json has no `num_frames`
@@ -81,6 +85,29 @@ TOWER_CONFIGS: Mapping[str, type[TowerConfig]] = {
     "siglip_vision_model": SiglipVisionConfig,
 }
 
+# keys of config.json -> fields of `SoundWindow`, and the most they may be; the public checkpoints
+# have none of them and hear as their authors' code does
+WINDOW_KEYS: Mapping[str, tuple[str, int]] = {
+    "mm_audio_window_s": ("duration_s", 600),
+    "mm_audio_num_clips": ("num_clips", 1000),
+    "mm_audio_clip_s": ("clip_s", 600),
+}
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """What a checkpoint with ears has beside the eyes."""
+
+    mm_audio_tower: str  # as in config.json: a path where it was trained, which leads nowhere here
+    projector_type: str  # mm_projector_a_type
+    design: BEATsDesign  # of the audio tower
+    window: SoundWindow  # what is heard of a recording
+
+    @property
+    def audio_tokens(self) -> int:
+        """Audio tokens of any recording: the window is filled up with silence."""
+        return self.design.count_tokens(self.window.num_frames)
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -97,6 +124,7 @@ class CheckpointConfig:
     num_frames: int  # frames of a video, where the user asks for no other number
     num_tower_blocks: int  # blocks that run before the selected hidden state
     is_demo: bool  # a demonstration model: its words mean nothing for real videos
+    audio: AudioConfig | None = None  # None: the checkpoint does not hear
 
     @property
     def mm_hidden_size(self) -> int:
@@ -120,7 +148,7 @@ class CheckpointConfig:
 
 
 def read_config(folder: Path, tower_folder: Path) -> CheckpointConfig:
-    """Read what `folder` and its tower's folder say.
+    """Read what `folder` and its tower's folder say; see `read_audio` for the ears.
 
     Raises:
         CheckpointError: a file is absent, or names something that is not supported.
@@ -154,6 +182,54 @@ def read_config(folder: Path, tower_folder: Path) -> CheckpointConfig:
             f"in '{tower_folder}' is {config.mm_hidden_size} wide; the folder mixes two models"
         )
     return config
+
+
+def read_audio(config: CheckpointConfig, design: BEATsDesign) -> AudioConfig | None:
+    """Read what config.json says about the ears of a checkpoint.
+
+    Args:
+        config: from `read_config`.
+        design: of the audio tower, from the shapes of its weights.
+
+    Returns:
+        None for a checkpoint without ears.
+
+    Raises:
+        CheckpointError: it names something that is not supported, or that does not fit `design`.
+    """
+    folder, raw = config.folder, read_json(config.folder / "config.json")
+    name = audio_tower_name(folder, raw)
+    if name is None:
+        return None
+    widths = {
+        "hidden_size_a": (config.language.hidden_size, "language model"),
+        "mm_hidden_size_a": (design.hidden_size, "audio tower"),
+    }
+    for key, (width, part) in widths.items():
+        if raw.get(key) not in (None, width):
+            raise CheckpointError(
+                f"'{folder}/config.json': {key} is {raw[key]!r}, but its {part} is {width} wide; "
+                "the folder mixes two models"
+            )
+    window = _sound_window(folder, raw)
+    if window.num_frames < design.patch_size:
+        raise CheckpointError(
+            f"'{folder}/config.json': mm_audio_window_s is {window.duration_s:g}, which is "
+            f"{window.num_frames} frames of sound; its audio tower needs at least "
+            f"{design.patch_size}"
+        )
+    projector_type = _audio_projector(folder, raw, design, config.language.hidden_size)
+    return AudioConfig(name, projector_type, design, window)
+
+
+def audio_tower_name(folder: Path, raw: Mapping[str, Any]) -> str | None:
+    """Return the name of the audio tower in a config.json; None for a checkpoint without ears."""
+    name = raw.get("mm_audio_tower")
+    if name is not None and not isinstance(name, str):
+        raise CheckpointError(
+            f"'{folder}/config.json': mm_audio_tower is {name!r}, expected a path, or null"
+        )
+    return name or None
 
 
 def tower_name(folder: Path, raw: Mapping[str, Any]) -> str:
@@ -231,6 +307,46 @@ def _connector(
     return design
 
 
+def _audio_projector(
+    folder: Path, raw: Mapping[str, Any], design: BEATsDesign, hidden_size: int
+) -> str:
+    projector_type = raw.get("mm_projector_a_type", "linear")
+    if not isinstance(projector_type, str) or not is_audio_projector_type(projector_type):
+        raise CheckpointError(
+            f"'{folder}/config.json': mm_projector_a_type {json.dumps(projector_type)} is unknown, "
+            "expected linear, identity or mlpNx_gelu"
+        )
+    if projector_type == "identity" and design.hidden_size != hidden_size:
+        raise CheckpointError(
+            f"'{folder}/config.json': mm_projector_a_type is identity, but its audio tower is "
+            f"{design.hidden_size} wide and its language model {hidden_size}"
+        )
+    return projector_type
+
+
+def _sound_window(folder: Path, raw: Mapping[str, Any]) -> SoundWindow:
+    fields: dict[str, Any] = {}
+    for key, (field, most) in WINDOW_KEYS.items():
+        value = raw.get(key)
+        if value is None:
+            continue
+        is_whole = field == "num_clips"
+        if not is_positive(value) or value > most or (is_whole and type(value) is not int):
+            kind = "a whole number" if is_whole else "a number"
+            raise CheckpointError(
+                f"'{folder}/config.json': {key} is {value!r}, expected {kind} above 0, at most "
+                f"{most}"
+            )
+        fields[field] = value if is_whole else float(value)
+    try:
+        return SoundWindow(**fields)
+    except ValueError as error:
+        line = str(error)
+        for key, (field, _) in WINDOW_KEYS.items():
+            line = line.replace(f"'{field}'", key)
+        raise CheckpointError(f"'{folder}/config.json': {line}") from error
+
+
 def _check_numbers(folder: Path, config: Any, fields: Mapping[str, range]) -> None:
     for name, allowed in fields.items():
         value = getattr(config, name, None)
@@ -251,10 +367,6 @@ def _parse(config_class: Any, fields: Mapping[str, Any], folder: Path) -> Any:
 
 
 def _refuse_unsupported(folder: Path, raw: Mapping[str, Any]) -> None:
-    if raw.get("mm_audio_tower"):
-        raise CheckpointError(
-            f"'{folder}' has an audio branch (mm_audio_tower), which this version does not run"
-        )
     expected = {
         "model_type": (raw.get("model_type"), tuple(LANGUAGE_CONFIGS)),
         "mm_vision_select_feature": (raw.get("mm_vision_select_feature") or "patch", ("patch",)),

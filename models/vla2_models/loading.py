@@ -20,7 +20,13 @@ from .adapter import adapter_shapes, merge_adapter, read_adapter_config
 from .checkpoint import Checkpoint
 from .config import CheckpointConfig
 from .errors import CheckpointError, describe
-from .names import CONNECTOR_PREFIX, Place, find_places
+from .names import (
+    AUDIO_PROJECTOR_PREFIX,
+    AUDIO_TOWER_PREFIX,
+    CONNECTOR_PREFIX,
+    Place,
+    find_places,
+)
 from .tensors import open_tensors, read_shapes
 from .videollama2 import VideoLLaMA2
 
@@ -78,7 +84,8 @@ def load_model(
 
     Raises:
         CheckpointError: a tensor is missing, foreign, of another shape, held twice or not finite,
-            or a file cannot be read; the message names key, shape found and shape wanted.
+            copies of one differ, or a file cannot be read; the message names key, shape found and
+            shape wanted.
     """
     model = build_empty(checkpoint.config)
     claims = claim_tensors(checkpoint, model)
@@ -121,10 +128,14 @@ def check_weights(checkpoint: Checkpoint, *, values: bool = False) -> int:
     model = build_empty(checkpoint.config)
     claims = claim_tensors(checkpoint, model)
     if values:
+        places = find_places(model.state_dict())
+        copies = _Copies(places)
         for path, of_path in _by_path(claims).items():
             with open_tensors(path) as tensors:
                 for claim in of_path:
-                    _check_stored(claim, tensors.get(claim.name))
+                    stored = tensors.get(claim.name)
+                    _check_stored(claim, stored)
+                    copies.check(claim, stored)
         if checkpoint.adapter is not None:
             _read_adapter(checkpoint.adapter)
     return sum(tensor.numel() for tensor in model.state_dict().values())
@@ -138,7 +149,8 @@ def claim_tensors(checkpoint: Checkpoint, model: VideoLLaMA2) -> list[Claim]:
             held twice.
     """
     state = model.state_dict()
-    wanted = {public: tuple(place.of(state).shape) for public, place in find_places(state).items()}
+    places = find_places(state)
+    wanted = {public: tuple(place.of(state).shape) for public, place in places.items()}
     claims: dict[str, Claim] = {}
     for layer in checkpoint.layers:
         found: dict[str, Claim] = {}
@@ -157,7 +169,7 @@ def claim_tensors(checkpoint: Checkpoint, model: VideoLLaMA2) -> list[Claim]:
                         "wanted none"
                     )
         claims = {**{key: c for key, c in found.items() if key in wanted}, **claims}
-    missing = [key for key in wanted if key not in claims]
+    missing = [key for key, place in places.items() if key not in claims and not place.is_copy]
     if missing:
         raise CheckpointError(_missing(checkpoint.folder, missing, wanted))
     if checkpoint.adapter is not None:
@@ -181,6 +193,7 @@ class _Weights:
         self.device = device
         self.empty = model.state_dict()
         self.places = find_places(self.empty)
+        self.copies = _Copies(self.places)
         self.state: dict[str, Tensor] = {}
         # where most tensors are copied out of a file, nothing else may hold on to its pages
         has_parts = any(place.part is not None for place in self.places.values())
@@ -194,7 +207,10 @@ class _Weights:
         _check_floats(claim, stored)
         tensor = stored.to(device=self.device, dtype=self.dtype or stored.dtype, copy=is_copied)
         _check_finite(claim, stored, tensor)
+        self.copies.check(claim, stored)
         self.waiting[_layer_of(place)] -= 1
+        if place.is_copy:
+            return
         if place.part is None:
             self.state[place.parameter] = tensor
             return
@@ -221,6 +237,28 @@ class _Weights:
         # claimed one by one; what is absent here was handed over before
         unexpected = module.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
         assert not unexpected, f"no place for {unexpected}"
+
+
+class _Copies:
+    """The tensors that a checkpoint may hold several times, and what the first was like."""
+
+    def __init__(self, places: Mapping[str, Place]) -> None:
+        self.places = places
+        self.shared = {place.parameter for place in places.values() if place.is_copy}
+        self.first: dict[str, tuple[str, Tensor]] = {}
+
+    def check(self, claim: Claim, stored: Tensor) -> None:
+        """Refuse a copy that differs from the others; other tensors pass."""
+        parameter = self.places[claim.public].parameter
+        if parameter not in self.shared:
+            return
+        # cloned, so that it does not hold its file's pages
+        name, first = self.first.setdefault(parameter, (claim.name, stored.clone()))
+        if stored.dtype != first.dtype or not torch.equal(stored, first):
+            raise CheckpointError(
+                f"'{claim.path}': tensor {claim.name} differs from {name}, which is the same one; "
+                "the checkpoint is damaged, fetch it again"
+            )
 
 
 def _layer_of(place: Place) -> str:
@@ -294,6 +332,10 @@ def _missing(folder: Path, missing: list[str], wanted: Mapping[str, Shape]) -> s
 
 
 def _part(public: str) -> str:
+    if public.startswith(AUDIO_TOWER_PREFIX):
+        return "audio tower"
+    if public.startswith(AUDIO_PROJECTOR_PREFIX):
+        return "audio projector"
     # the shapes of the connector's first block follow the tower's width
     if ".vision_tower." in public or public.startswith(f"{CONNECTOR_PREFIX}s1.b1."):
         return "tower"

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ import torch
 from sentencepiece import SentencePieceTrainer
 from torch import Tensor
 
-from .config import DEMO_KEY, read_config
+from .beats import BEATsDesign
+from .config import DEMO_KEY, read_audio, read_config
 from .loading import build_empty
 from .saving import save_weights
 from .videollama2 import VideoLLaMA2
 
 MODEL_ID = "vla2/miniature-7B"
+WITH_EARS_ID = "vla2/miniature-7B-AV"
 TOWER_ID = "openai/clip-vit-miniature-patch14-56"
 
 TOWER = {
@@ -77,6 +80,23 @@ MODEL = {
     "tune_mm_mlp_adapter": False,
     "use_mm_proj": True,
 }
+AUDIO_TOWER = BEATsDesign(
+    patch_size=16,
+    embed_dim=16,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_buckets=320,
+    conv_pos=16,
+    conv_pos_groups=4,
+    num_classes=None,
+)
+EARS = {
+    "mm_audio_tower": "./audio_tower.bin",
+    "mm_hidden_size_a": AUDIO_TOWER.hidden_size,
+    "mm_projector_a_type": "mlp2x_gelu",
+}
 GENERATION = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": True}
 # takes no notice of a system message, as the released VideoLLaMA2-7B is reported to do
 CHAT_TEMPLATE = (
@@ -85,6 +105,7 @@ CHAT_TEMPLATE = (
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}{% endif %}"
     "{% endfor %}"
 )
+GAINS = ("weight_g", "grep_a")  # of the audio tower; 1, as the weights of a norm
 NUM_UNSPEAKABLE = 259  # special tokens and bytes come first in the vocabulary
 WORDS = (
     "a red car moves to the right on the green meadow while the sun sets behind the hills",
@@ -95,27 +116,35 @@ WORDS = (
 
 
 def write_miniature(
-    hub_dir: Path, *, model_id: str = MODEL_ID, seed: int = 0, **changes: Any
+    hub_dir: Path,
+    *,
+    model_id: str | None = None,
+    seed: int = 0,
+    has_ears: bool = False,
+    **changes: Any,
 ) -> Path:
     """Write a checkpoint and its tower's folder under a local hub folder.
 
     Args:
         hub_dir: where `vla2 --hub-dir` looks.
-        model_id: the checkpoint's name, owner/name.
+        model_id: the checkpoint's name, owner/name; by default `MODEL_ID` or `WITH_EARS_ID`.
         seed: of the random weights.
+        has_ears: whether it has an audio tower.
         changes: fields of config.json that differ from the miniature's.
 
     Returns:
         The checkpoint's folder.
     """
-    folder, tower = hub_dir / model_id, hub_dir / TOWER_ID
-    config = {**MODEL, DEMO_KEY: True, **changes}
+    folder = hub_dir / (model_id or (WITH_EARS_ID if has_ears else MODEL_ID))
+    tower = hub_dir / TOWER_ID
+    config = {**MODEL, **(EARS if has_ears else {}), DEMO_KEY: True, **changes}
     _write_json(tower / "config.json", TOWER)
     _write_json(tower / "preprocessor_config.json", PREPROCESSOR)
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", GENERATION)
     _write_tokenizer(folder, vocab_size=config["vocab_size"])
-    model = build_empty(read_config(folder, tower))
+    described = read_config(folder, tower)
+    model = build_empty(replace(described, audio=read_audio(described, AUDIO_TOWER)))
     _fill(model, torch.Generator().manual_seed(seed))
     save_weights(model, folder)
     return folder
@@ -158,8 +187,8 @@ def _fill(model: VideoLLaMA2, generator: torch.Generator) -> None:
     """Draw weights that keep the size of what passes through them, so that clips tell apart."""
     state = {}
     for name, meta in model.state_dict().items():
-        if meta.ndim == 1:
-            tensor = torch.full(meta.shape, float(name.endswith("weight")))
+        if meta.ndim == 1 or name.endswith(GAINS):
+            tensor = torch.full(meta.shape, float(name.endswith(("weight", *GAINS))))
         else:
             tensor = torch.randn(meta.shape, generator=generator) * _scale(name, meta)
         if name.endswith("lm_head.weight"):
@@ -171,8 +200,9 @@ def _fill(model: VideoLLaMA2, generator: torch.Generator) -> None:
 def _scale(name: str, weight: Tensor) -> float:
     if name.endswith(("embed_tokens.weight", "position_embedding.weight")):
         return 1.0
-    # larger at the ends: for visual tokens that tell clips apart, and for likely words
-    gain = 3.0 if name.endswith(("lm_head.weight", "readout.2.weight")) else 1.0
+    # larger at the ends: for tokens that tell clips and sounds apart, and for likely words
+    ends = ("lm_head.weight", "readout.2.weight", "mm_projector_a.2.weight")
+    gain = 3.0 if name.endswith(ends) else 1.0
     return gain / math.sqrt(math.prod(weight.shape[1:]))
 
 

@@ -6,23 +6,35 @@ in two parameters; the checkpoints hold three matrices for each expert:
     mlp.experts.gate_up_proj[e] = block_sparse_moe.experts.{e}.w1 above …experts.{e}.w3
     mlp.experts.down_proj[e]    = block_sparse_moe.experts.{e}.w2
     mlp.gate                    = block_sparse_moe.gate
+
+The layers of the audio tower share one table of position biases. A checkpoint may hold it once, for
+layer 0, or once for each layer:
+
+    encoder.layers.0.self_attn.relative_attention_bias
+        = encoder.layers.{i}.self_attn.relative_attention_bias
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from .beats import BIAS_NAME
+
 TOWER_PREFIX = "model.vision_tower.vision_tower.vision_model."
 CONNECTOR_PREFIX = "model.mm_projector."
+AUDIO_TOWER_PREFIX = "model.audio_tower."
+AUDIO_PROJECTOR_PREFIX = "model.mm_projector_a."
 PEFT_PREFIX = "base_model.model."  # what peft writes before the name of a module it has wrapped
 
 # attribute of `VideoLLaMA2` -> how the public checkpoints begin its tensors' names
 PUBLIC_PREFIXES = {
     "vision_tower.": TOWER_PREFIX,
     "mm_projector.": CONNECTOR_PREFIX,
+    "audio_tower.": AUDIO_TOWER_PREFIX,
+    "mm_projector_a.": AUDIO_PROJECTOR_PREFIX,
     "language_model.": "",
 }
 GATE_UP, DOWN, ROUTER = ".mlp.experts.gate_up_proj", ".mlp.experts.down_proj", ".mlp.gate.weight"
@@ -35,6 +47,7 @@ class Place:
 
     parameter: str
     part: tuple[int, slice] | None = None  # of fused experts: which expert, which rows
+    is_copy: bool = False  # of what another name has already; a checkpoint may lack it
 
     def of(self, state: Mapping[str, Tensor]) -> Tensor:
         """Return the parameter or its part, as a view."""
@@ -44,7 +57,8 @@ class Place:
 
 def find_places(state: Mapping[str, Tensor]) -> dict[str, Place]:
     """Name every tensor of a `VideoLLaMA2.state_dict()` as the public checkpoints do."""
-    return dict(pair for name, tensor in state.items() for pair in _places_of(name, tensor))
+    places = dict(pair for name, tensor in state.items() for pair in _places_of(name, tensor))
+    return places | dict(_copies(places))
 
 
 def _places_of(name: str, tensor: Tensor) -> Iterator[tuple[str, Place]]:
@@ -63,6 +77,17 @@ def _places_of(name: str, tensor: Tensor) -> Iterator[tuple[str, Place]]:
         yield public.removesuffix(ROUTER) + f"{PUBLIC_MOE}.gate.weight", Place(name)
     else:
         yield public, Place(name)
+
+
+def _copies(places: Mapping[str, Place]) -> Iterator[tuple[str, Place]]:
+    """Name the copies of the position biases that the layers of the audio tower share."""
+    bias = AUDIO_TOWER_PREFIX + BIAS_NAME
+    if bias.format(0) not in places:
+        return
+    layer = bias.partition("{}")[0]
+    numbers = {int(n.removeprefix(layer).split(".")[0]) for n in places if n.startswith(layer)}
+    for i in sorted(numbers - {0}):
+        yield bias.format(i), replace(places[bias.format(0)], is_copy=True)
 
 
 def public_name(name: str) -> str:

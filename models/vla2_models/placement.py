@@ -1,8 +1,8 @@
 """A language model that is larger than one device: plan what lies where, then spread it.
 
 Accelerate's hooks bring inputs, and weights that lie on the CPU or in files, to the device that
-computes. The tower and the connector stay whole on the main device; the text goes in and the
-logits come out there.
+computes. Towers and connectors stay whole on the main device; the text goes in and the logits come
+out there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def plan_placement(
         dtype: what the weights will be held in.
         max_memory: bytes that weights may take on each device, GPUs by their number and "cpu";
             one that is not named takes none. None: what is free now on all of them.
-        reserved: bytes of the first device that stay free, for the tower and the connector.
+        reserved: bytes of the first device that stay free, for towers and connectors.
         headroom: bytes that stay free on each device that computes, for activations, keys and
             values; nothing else is kept for those.
 
@@ -86,7 +86,7 @@ class Placement:
 
     @property
     def main_device(self) -> torch.device:
-        """The device of the tower, the connector, ids, embeddings and logits."""
+        """The device of towers, connectors, ids, embeddings and logits."""
         return (
             torch.device("cuda", self._main)
             if isinstance(self._main, int)

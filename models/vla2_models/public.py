@@ -1,8 +1,9 @@
-"""The public vision checkpoints: what each is made of, and the room it needs.
+"""The public checkpoints: what each is made of, and the room it needs.
 
 The facts are in `specs/`, one YAML per checkpoint. They are for people who choose a checkpoint;
 what runs is decided by the checkpoint's own files (`config.py`).
-Source of the counts: the shapes of upstream VideoLLaMA2@c0bb03a, built at these sizes.
+Source of the counts: the shapes of upstream VideoLLaMA2@c0bb03a, built at these sizes; with ears
+those of its branch audio_visual at 8cedfbd.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import cache
 from importlib import resources
 from typing import Literal
 
-# public as well, but it hears, which is not run yet: nobody who names it means another one
+# the only one that hears
 WITH_EARS = "DAMO-NLP-SG/VideoLLaMA2.1-7B-AV"
 
 # names of two checkpoints differ in so little that a lower bar would catch other families
@@ -35,7 +36,7 @@ class PublicCheckpoint:
     image_size: int  # pixels on each side of a frame
     grid_size: int  # patches on each side of a frame
     visual_tokens: int  # of a video of num_frames
-    num_parameters: int  # language model, tower and connector
+    num_parameters: int  # language model, tower and connector, and what hears
     num_language_parameters: int  # with the embeddings and lm_head
     num_tower_parameters: int  # with the blocks that are not used
     num_connector_parameters: int
@@ -45,6 +46,9 @@ class PublicCheckpoint:
     # in the next two only the decoder's linear layers are quantised, the rest is bfloat16
     memory_8bit_gb: float | None  # a byte a weight, a float32 scale a row; None: not available
     memory_4bit_gb: float  # nf4 with double quantisation: 4.127 bits a weight
+    # of those with ears alone
+    audio_tokens: int = 0  # of any recording
+    num_audio_parameters: int = 0  # audio tower and its projector
 
 
 @cache
@@ -77,17 +81,19 @@ def suggest(name: str, known: Collection[str] = ()) -> str | None:
         None where nothing is near, or where `name` is such an id already.
     """
     ids = [public.id for public in public_checkpoints()] + sorted(known)
-    if name in (*ids, WITH_EARS):
+    if name in ids:
         return None
     # the owner is often left out or wrong: it only decides between equal names
     near = [id for id in ids if _likeness(_last(name), _last(id)) >= MIN_LIKENESS]
     return max(near, key=lambda id: _rank(name, id), default=None)
 
 
-def _rank(name: str, id: str) -> tuple[bool, float, float]:
-    # "VideoLLaMA2.1-7B" has more letters in common with 2-7B than with 2.1-7B-16F
+def _rank(name: str, id: str) -> tuple[bool, bool, float, float]:
+    # "VideoLLaMA2.1-7B" has more letters in common with 2-7B than with 2.1-7B-16F, and most of all
+    # with 2.1-7B-AV, but who means ears says so
     is_start = _last(id).lower().startswith(_last(name).lower())
-    return is_start, _likeness(_last(name), _last(id)), _likeness(name, id)
+    is_plain = is_start and id != WITH_EARS
+    return is_plain, is_start, _likeness(_last(name), _last(id)), _likeness(name, id)
 
 
 def _order(public: PublicCheckpoint) -> tuple[str, int, int, bool]:

@@ -1,5 +1,7 @@
 """A file of tensors -> its tensors: safetensors, or a PyTorch pickle that holds nothing else.
 
+Of some pickles, those of `read_parts`, settings are read too: text, numbers and lists of them.
+
 A pickle is a program, and whoever wrote it chose what it calls. So its calls are listed before it
 runs, and only those that put a tensor together pass. PyTorch's own restricted loader then runs it;
 that loader allows more, such as conversions that fill the memory. What comes out is checked too.
@@ -12,10 +14,11 @@ import pickletools
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, TypeVar
 from zipfile import ZIP_STORED, ZipFile
 
 import torch
@@ -36,8 +39,11 @@ _CALLS = re.compile(
 )
 _REFUSED = "refused, and nothing of it was run; ask its author for safetensors"
 _MAX_NESTING = 20  # torch.save's own are half as deep; twice a tuple in a tuple is 2 ** 20 parts
+_MAX_SETTINGS = 100_000  # texts, numbers and containers; a list of sounds has 527 of each
 _NUM_OLD_PICKLES = 5  # before 1.6: magic number, version, machine, content, names of the storages
 _LOAD = threading.Lock()  # the loader's additions and Python's warnings belong to the process
+
+_Content = TypeVar("_Content")
 
 
 class Tensors(Protocol):
@@ -99,7 +105,7 @@ def open_tensors(path: Path) -> Iterator[Tensors]:
             with _open_safetensors(path) as file:
                 yield _Safetensors(file)
         case ".bin" | ".pt" | ".pth":
-            yield _Pickled(_load_pickle(path))
+            yield _Pickled(_load_pickle(path, _check_content))
         case _:
             raise CheckpointError(
                 f"'{path}' is no file of tensors, expected .safetensors, .bin, .pt or .pth"
@@ -120,6 +126,24 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         }
 
 
+def read_parts(path: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a pickle of a dict that has its tensors in one dict, and settings beside it.
+
+    Args:
+        path: a PyTorch pickle, whatever its suffix.
+        name: of the dict of tensors.
+
+    Returns:
+        The settings, a copy made of dict, list, tuple, str, int, float, bool and None; and the
+        tensors by name.
+
+    Raises:
+        CheckpointError: as `open_tensors`; or `name` is absent, or anything else stands beside it.
+    """
+    check_readable(path)
+    return _load_pickle(path, lambda path, content: _check_parts(path, name, content))
+
+
 def _open_safetensors(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
@@ -129,13 +153,13 @@ def _open_safetensors(path: Path) -> safe_open:
         ) from error
 
 
-def _load_pickle(path: Path) -> dict[str, Tensor]:
+def _load_pickle(path: Path, check: Callable[[Path, Any], _Content]) -> _Content:
     try:
         is_zip = _check_program(path)
         with _strict_loader():
             # weights_only in so many words: an environment variable turns the default off
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-        return _check_content(path, content)
+        return check(path, content)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -308,6 +332,66 @@ def _check_tensor(path: Path, key: str, tensor: Tensor, size_bytes: int) -> Tens
             f"{stored_bytes} bytes of it are stored; fetch the file again"
         )
     return tensor.detach()
+
+
+def _check_parts(path: Path, name: str, content: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"'{path}' holds a {type(content).__name__}, expected a dict with {name!r}"
+        )
+    parts = dict(dict.items(content))
+    if name not in parts:
+        raise CheckpointError(
+            f"'{path}' holds no {name!r}, expected a dict of tensors of that name"
+        )
+    tensors = _check_content(path, parts.pop(name))
+    copy = _Settings(path).copy(parts)
+    assert isinstance(copy, dict)
+    for key in copy:
+        if not isinstance(key, str):
+            raise CheckpointError(
+                f"'{path}' holds a name of type {type(key).__name__}, expected text"
+            )
+    return copy, tensors
+
+
+class _Settings:
+    """Copies plain containers, so that what comes out is a tree, with an end and of a bounded size.
+
+    What is read may hold itself, and a list of two of one list, again and again, has no end either.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._num_left = _MAX_SETTINGS
+
+    def copy(self, value: Any, depth: int = 0) -> Any:
+        """Copy a text, a number, or a container of them."""
+        self._num_left -= 1
+        if depth > _MAX_NESTING or self._num_left < 0:
+            raise CheckpointError(
+                f"'{self._path}' holds settings of more than {_MAX_SETTINGS:,} parts or "
+                f"{_MAX_NESTING} levels; {_REFUSED}"
+            )
+        # the type itself: what a class of one's own would do is unknown
+        if type(value) in (dict, OrderedDict):
+            pairs = dict.items(value)
+            return {self._scalar(key): self.copy(part, depth + 1) for key, part in pairs}
+        if type(value) in (list, tuple):
+            parts = [self.copy(part, depth + 1) for part in value]
+            return parts if type(value) is list else tuple(parts)
+        return self._scalar(value)
+
+    def _scalar(self, value: Any) -> Any:
+        if value is None or type(value) in (str, bool, float):
+            return value
+        # a message can hold no number of thousands of digits
+        if type(value) is int and abs(value) < 2**63:
+            return value
+        kind = "number beyond 64 bits" if type(value) is int else type(value).__name__
+        raise CheckpointError(
+            f"'{self._path}' holds a {kind} among its settings, expected text and numbers"
+        )
 
 
 def _printable(text: str) -> str:

@@ -2,10 +2,13 @@
 
     pixel_values -> tower -> vision_features -> connector -> visual tokens ─┐
     input_ids with placeholders -> embeddings ────────────────────────────── splice -> inputs_embeds
+    fbank -> audio tower -> features -> audio projector -> audio tokens ────┘
 
-The tower and the language model are transformers' own; what stands here is how they are joined.
+The tower and the language model are transformers' own, the audio tower is BEATs, which a checkpoint
+may lack; what stands here is how they are joined.
 
-Source: upstream VideoLLaMA2@c0bb03a, model/encoder.py and model/videollama2_arch.py.
+Source: upstream VideoLLaMA2@c0bb03a, model/encoder.py and model/videollama2_arch.py; for the ears
+its branch audio_visual at 8cedfbd.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from .beats import BEATs, build_audio_projector
 from .config import CheckpointConfig, LanguageConfig, TowerConfig
 from .connectors import build_connector
 
@@ -50,7 +54,7 @@ TOWERS: Mapping[type[TowerConfig], Callable[[Any], Tower]] = {
 
 
 class VideoLLaMA2(nn.Module):
-    """The three networks of one checkpoint.
+    """The networks of one checkpoint: three, or five where it has ears.
 
     Args:
         config: what the checkpoint's config.json and its tower's say.
@@ -63,6 +67,14 @@ class VideoLLaMA2(nn.Module):
         self.mm_projector = build_connector(
             config.connector, config.mm_hidden_size, config.language.hidden_size
         )
+        self.audio_tower: BEATs | None = None
+        self.mm_projector_a: nn.Module | None = None
+        if config.audio is not None:
+            design = config.audio.design
+            self.audio_tower = BEATs(design)
+            self.mm_projector_a = build_audio_projector(
+                config.audio.projector_type, design.hidden_size, config.language.hidden_size
+            )
         self.language_model = LANGUAGE_MODELS[type(config.language)](config.language)
 
     @property
@@ -74,6 +86,11 @@ class VideoLLaMA2(nn.Module):
     def dtype(self) -> torch.dtype:
         """What tower and connector are held in; a quantised language model computes in it."""
         return next(self.mm_projector.parameters()).dtype
+
+    @property
+    def front(self) -> list[nn.Module]:
+        """All but the language model: what stays whole, together on `device`."""
+        return [part for part in self.children() if part is not self.language_model]
 
     def encode_frames(self, pixel_values: Tensor) -> Tensor:
         """Run the tower up to the selected layer.
@@ -111,26 +128,58 @@ class VideoLLaMA2(nn.Module):
         tokens: Tensor = self.mm_projector(features)
         return tokens
 
-    def splice(self, input_ids: Sequence[int], visual_tokens: Sequence[Tensor]) -> Tensor:
-        """Put the visual tokens where the placeholders stand.
+    def encode_sound(self, fbank: Tensor) -> Tensor:
+        """Run the audio tower.
+
+        Args:
+            fbank: (B, T, 128) log-mel energies, not normalised.
+
+        Returns:
+            (B, N, C) features.
+
+        Raises:
+            ValueError: the checkpoint has no ears.
+        """
+        if self.audio_tower is None:
+            raise ValueError("the checkpoint has no audio tower")
+        features: Tensor = self.audio_tower(fbank.to(self.device))
+        return features
+
+    def project_sound(self, features: Tensor) -> Tensor:
+        """Run the audio projector on (B, N, C) features.
+
+        Returns:
+            (B, N, D) audio tokens.
+
+        Raises:
+            ValueError: the checkpoint has no ears.
+        """
+        if self.mm_projector_a is None:
+            raise ValueError("the checkpoint has no audio projector")
+        tokens: Tensor = self.mm_projector_a(features)
+        return tokens
+
+    def splice(self, input_ids: Sequence[int], media_tokens: Sequence[Tensor]) -> Tensor:
+        """Put the tokens of media where the placeholders stand.
 
         Args:
             input_ids: token ids of one prompt, negative where media belong.
-            visual_tokens: one (num_tokens, D) tensor for each placeholder, in their order.
+            media_tokens: one (num_tokens, D) tensor for each placeholder, in their order; of a
+                video with its sound the visual tokens, then the audio tokens.
 
         Returns:
-            (L, D) inputs_embeds; nothing is put around the visual tokens, nothing is cut.
+            (L, D) inputs_embeds; nothing is put around the tokens, nothing is cut.
         """
         ids = torch.tensor(input_ids, dtype=torch.long, device=self.device)
         places = (ids < 0).nonzero().flatten().tolist()
-        if len(places) != len(visual_tokens):
+        if len(places) != len(media_tokens):
             raise ValueError(
-                f"the prompt has {len(places)} placeholders for {len(visual_tokens)} media"
+                f"the prompt has {len(places)} placeholders for {len(media_tokens)} media"
             )
         embed = self.language_model.get_input_embeddings()
         parts: list[Tensor] = []
         start = 0
-        for place, tokens in zip(places, visual_tokens, strict=True):
+        for place, tokens in zip(places, media_tokens, strict=True):
             parts += [embed(ids[start:place]), tokens.to(self.device, self.dtype)]
             start = place + 1
         parts.append(embed(ids[start:]))

@@ -24,7 +24,7 @@ from vla2cli.inputs import find_items
 from vla2cli.jobs import Job
 from vla2cli.ledger import Ledger
 from vla2cli.media.pool import DecodePool
-from vla2cli.plan import FrameSampling, Task
+from vla2cli.plan import Sampling, Task
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 EVERY = 50  # items between two lines
@@ -48,9 +48,7 @@ def main(num_items: int = 500, folder: Path = EXAMPLES) -> None:
             DecodePool(os.cpu_count() or 1) as pool,
         ):
             settings = engine.settings(GenerationChoice(NUM_NEW_TOKENS))
-            job = Job(
-                engine, Task("caption"), FrameSampling(8), settings, pool, ledger, batch=BATCH
-            )
+            job = Job(engine, Task("caption"), Sampling(8), settings, pool, ledger, batch=BATCH)
             follow(job, place / "clips")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"peak of the parent: {peak:.1f} MiB")

@@ -17,7 +17,7 @@ from vla2_models.miniature import MODEL_ID, TOWER_ID
 from vla2cli import Engine
 from vla2cli.config import GenerationChoice
 from vla2cli.engines.eager import generate
-from vla2cli.features import TENSORS
+from vla2cli.features import PROMPT, VISUAL
 from vla2cli.media.frames import read_frames
 from vla2cli.preprocess import fit_frame, normalise
 from vla2cli.prompt import build_prompt
@@ -333,7 +333,7 @@ def test_features_are_what_the_engine_gives(vla2, hub_dir, place, tmp_path):
     choice = engine.settings(GenerationChoice(max_new_tokens=12))
     for record in records:
         tensors = load_file(folder / record["file"])
-        assert set(tensors) == set(TENSORS)
+        assert set(tensors) == {*VISUAL, *PROMPT}
         assert {name: list(tensor.shape) for name, tensor in tensors.items()} == record["tensors"]
         expected = _expected_tensors(engine, EXAMPLES / record["id"], question, choice)
         for name, tensor in expected.items():
@@ -358,7 +358,7 @@ def _expected_tensors(engine, path, question, settings):
         vision = engine.model.encode_frames(copies)
         tokens = engine.model.project(vision[None])
         prompt = build_prompt(
-            engine.tokenizer, "videollama2_mistral", question, modality=kind, history=()
+            engine.tokenizer, "videollama2_mistral", question, medium=kind, history=()
         )
         embeds = engine.model.splice(prompt.input_ids, [tokens[0]])
         (generation,) = generate(engine.model.language_model, [embeds], settings, [0])

@@ -1,12 +1,16 @@
+from dataclasses import replace
+
 import pytest
 from transformers import CLIPVisionConfig, MixtralConfig, Qwen2Config, SiglipVisionConfig
 
 from tests.tiny import change_json, tower_of, write_json, write_tiny
-from vla2_models.config import read_config
+from vla2_models.config import read_audio, read_config
 from vla2_models.connectors import PROJECTOR_TYPES
 from vla2_models.errors import CheckpointError
 from vla2_models.files import read_json
 from vla2_models.loading import build_empty
+from vla2_models.miniature import AUDIO_TOWER
+from vla2_models.sound import SoundWindow
 
 
 @pytest.fixture
@@ -47,7 +51,6 @@ def test_both_names_of_the_mistral_type_are_read(folder, model_type):
         ("mm_projector_type", "mlp3x_gelu", '"mlp3x_gelu" is unknown'),
         ("mm_projector_type", "identity", '"identity" is unknown'),
         ("mm_projector_type", ["linear"], '["linear"] is unknown'),
-        ("mm_audio_tower", "beats.pt", "has an audio branch (mm_audio_tower), which this version"),
         ("mm_projector_padding", 2, "mm_projector_padding is 2, expected 0 or 1"),
         ("mm_projector_padding", True, "mm_projector_padding is True, expected 0 or 1"),
     ],
@@ -270,3 +273,116 @@ def test_file_that_is_no_json_object_is_refused(tmp_path, content, said):
     path.write_bytes(content.encode("latin1"))
     with pytest.raises(CheckpointError, match=said):
         read_json(path)
+
+
+@pytest.fixture
+def ears(tmp_path):
+    """A checkpoint whose config.json names an audio tower; the tower is 32 wide, as the rest."""
+    return write_tiny(tmp_path, has_ears=True)
+
+
+def hear(folder, design=AUDIO_TOWER):
+    return read_audio(read(folder), design)
+
+
+def deafness(folder, design=AUDIO_TOWER):
+    with pytest.raises(CheckpointError) as caught:
+        hear(folder, design)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert line.startswith(f"'{folder}/config.json': ")
+    return line
+
+
+def test_ears_hear_half_a_minute_as_the_public_ones(ears):
+    audio = hear(ears)
+    assert audio.window == SoundWindow(30.0, 8, 2.0)
+    assert audio.projector_type == "mlp2x_gelu"
+    assert audio.audio_tokens == 1496
+    assert read(ears).audio is None  # until the shapes of the tower are known
+
+
+@pytest.mark.parametrize("name", [None, ""], ids=repr)
+def test_checkpoint_that_names_no_audio_tower_has_no_ears(ears, name):
+    change_json(ears / "config.json", mm_audio_tower=name)
+    assert hear(ears) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_tokens"),
+    [
+        ({"mm_audio_window_s": 20}, 124 * 8),  # 1998 frames
+        ({"mm_audio_window_s": 2.5, "mm_audio_num_clips": 2, "mm_audio_clip_s": 1.25}, 15 * 8),
+        ({"mm_audio_num_clips": 15}, 1496),
+        ({"mm_audio_clip_s": 0.5}, 1496),
+    ],
+    ids=str,
+)
+def test_window_that_is_written_down_is_heard(ears, fields, num_tokens):
+    change_json(ears / "config.json", **fields)
+    audio = hear(ears)
+    assert audio.audio_tokens == num_tokens
+    found = (audio.window.duration_s, audio.window.num_clips, audio.window.clip_s)
+    keys = ("mm_audio_window_s", "mm_audio_num_clips", "mm_audio_clip_s")
+    assert found == tuple(fields.get(key, usual) for key, usual in zip(keys, (30, 8, 2)))
+    assert [type(value) for value in found] == [float, int, float]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("mm_audio_tower", 7, "mm_audio_tower is 7, expected a path, or null"),
+        ("mm_audio_tower", ["x"], "mm_audio_tower is ['x'], expected a path, or null"),
+        ("mm_audio_tower", False, "mm_audio_tower is False, expected a path, or null"),
+        ("hidden_size_a", 4096, "hidden_size_a is 4096, but its language model is 32 wide"),
+        ("hidden_size_a", "32", "hidden_size_a is '32', but its language model is 32 wide"),
+        ("mm_hidden_size_a", 768, "mm_hidden_size_a is 768, but its audio tower is 32 wide; the"),
+        ("mm_projector_a_type", "mlp", '"mlp" is unknown, expected linear, identity or mlpNx_gelu'),
+        ("mm_projector_a_type", "mlp0x_gelu", '"mlp0x_gelu" is unknown'),
+        ("mm_projector_a_type", ["linear"], 'mm_projector_a_type ["linear"] is unknown'),
+        ("mm_projector_a_type", "qformer", 'mm_projector_a_type "qformer" is unknown'),
+        ("mm_audio_window_s", "30", "mm_audio_window_s is '30', expected a number above 0"),
+        ("mm_audio_window_s", True, "mm_audio_window_s is True, expected a number above 0"),
+        ("mm_audio_window_s", float("nan"), "mm_audio_window_s is nan, expected a number"),
+        ("mm_audio_window_s", -1, "mm_audio_window_s is -1, expected a number above 0"),
+        ("mm_audio_window_s", 10**400, "000, expected a number above 0, at most 600"),
+        ("mm_audio_window_s", 0.01, "mm_audio_window_s is 0.01, expected at least 0.175"),
+        ("mm_audio_window_s", 15, "8 clips of 2 s do not fit into mm_audio_window_s 15"),
+        ("mm_audio_num_clips", 8.0, "mm_audio_num_clips is 8.0, expected a whole number above 0"),
+        ("mm_audio_num_clips", 0, "mm_audio_num_clips is 0, expected a whole number above 0"),
+        ("mm_audio_num_clips", 10**9, "mm_audio_num_clips is 1000000000, expected a whole number"),
+        ("mm_audio_clip_s", [2], "mm_audio_clip_s is [2], expected a number above 0"),
+        ("mm_audio_clip_s", 4, "8 clips of 4 s do not fit into mm_audio_window_s 30"),
+    ],
+)
+def test_ears_that_cannot_hear_are_refused_with_what_can(ears, field, value, said):
+    change_json(ears / "config.json", **{field: value})
+    assert said in deafness(ears)
+
+
+def test_window_shorter_than_a_patch_is_refused(ears):
+    window = {"mm_audio_window_s": 0.3, "mm_audio_num_clips": 1, "mm_audio_clip_s": 0.3}
+    change_json(ears / "config.json", **window)
+    assert hear(ears).audio_tokens == 8
+    line = deafness(ears, replace(AUDIO_TOWER, patch_size=32))
+    assert "mm_audio_window_s is 0.3, which is 28 frames of sound; its audio tower needs" in line
+
+
+def test_missing_type_of_the_audio_projector_is_linear(ears):
+    # the reference's own default
+    change_json(ears / "config.json", mm_projector_a_type=None)
+    assert hear(ears).projector_type == "linear"
+
+
+def test_missing_widths_of_the_ears_are_those_of_the_networks(ears):
+    change_json(ears / "config.json", mm_hidden_size_a=None, hidden_size_a=None)
+    model = build_empty(replace(read(ears), audio=hear(ears)))
+    assert model.mm_projector_a[0].in_features == AUDIO_TOWER.hidden_size == 32
+
+
+def test_identity_between_two_widths_is_refused(ears):
+    fields = {"mm_projector_a_type": "identity", "mm_hidden_size_a": None}
+    change_json(ears / "config.json", **fields)
+    assert hear(ears).projector_type == "identity"
+    line = deafness(ears, replace(AUDIO_TOWER, hidden_size=48))
+    assert "is identity, but its audio tower is 48 wide and its language model 32" in line

@@ -49,6 +49,11 @@ def refusal(name, source=None, **kwargs):
     return line
 
 
+def test_by_products_of_training_ears_are_not_fetched():
+    for name in ("audio_tower.bin", "mm_projector_a.bin"):
+        assert not any(fnmatch(name, pattern) for pattern in CHECKPOINT.patterns)
+
+
 def test_path_is_taken_as_it_is(hub_dir):
     found = locate(str(hub_dir / MODEL_ID), Source())
     assert (found.id, found.folder) == (str(hub_dir / MODEL_ID), hub_dir / MODEL_ID)

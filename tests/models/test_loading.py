@@ -6,7 +6,9 @@ import re
 import pytest
 import torch
 
+from tests.goldens import golden_audio
 from tests.tiny import (
+    SHORT_WINDOW,
     change_json,
     load_tiny,
     open_tiny,
@@ -16,13 +18,17 @@ from tests.tiny import (
     write_tensors,
     write_tiny,
 )
+from vla2_models.checkpoint import open_checkpoint
 from vla2_models.errors import CheckpointError
-from vla2_models.loading import check_weights, load_model
+from vla2_models.hub import Source
+from vla2_models.loading import build_empty, check_weights, claim_tensors, load_model
 
 LM_HEAD = "lm_head.weight"
 TOWER_KEY = "model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
 FIRST_BLOCK = "model.mm_projector.s1.b1.conv1.conv.weight"
 READOUT = "model.mm_projector.readout.0.weight"
+BIAS = "model.audio_tower.encoder.layers.{}.self_attn.relative_attention_bias.weight"
+AUDIO_KEY = "model.audio_tower.encoder.layers.1.fc2.weight"
 
 
 @pytest.fixture
@@ -257,3 +263,161 @@ def test_model_of_another_kind_is_refused(folder):
 def test_miniature_says_that_it_is_a_demonstration(folder):
     assert open_tiny(folder).config.is_demo
     assert json.loads((folder / "config.json").read_text())["vla2_demo_model"] is True
+
+
+@pytest.fixture
+def ears(tmp_path):
+    """A checkpoint with ears; its audio tower has two layers."""
+    return write_tiny(tmp_path, has_ears=True, **SHORT_WINDOW)
+
+
+def change_tensors(folder, change):
+    tensors = read_tensors(folder)
+    change(tensors)
+    write_tensors(folder, tensors)
+
+
+def test_golden_ears_are_claimed_tensor_by_tensor():
+    folder = golden_audio("VideoLLaMA2.1-tiny-AV/config.json").parent
+    checkpoint = open_checkpoint(str(folder), Source(folder.parent, offline=True))
+    # neither audio_tower.bin nor mm_projector_a.bin, which are beside them
+    assert [path.name for path in checkpoint.weight_files()] == [
+        f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)
+    ]
+    claims = claim_tensors(checkpoint, build_empty(checkpoint.config))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    claimed = {claim.public: claim.path.name for claim in claims}
+    assert len(claims) == len(claimed)
+    assert claimed == index["weight_map"]
+
+
+def test_checkpoint_without_ears_has_no_tensors_of_them(folder):
+    model = load_tiny(folder)
+    assert (model.audio_tower, model.mm_projector_a) == (None, None)
+    assert not [name for name in model.state_dict() if "audio" in name or "_a." in name]
+
+
+def test_ears_load_and_count_their_parameters(ears):
+    model, tensors = load_tiny(ears), read_tensors(ears)
+    assert BIAS.format(1) in tensors
+    own = sum(t.numel() for key, t in tensors.items() if key != BIAS.format(1))
+    assert check_weights(open_tiny(ears), values=True) == own
+    assert torch.equal(model.audio_tower.encoder.layers[1].fc2.weight, tensors[AUDIO_KEY])
+    assert not any(p.requires_grad or p.is_meta for p in model.parameters())
+    assert not model.audio_tower.training
+
+
+def test_ears_load_in_bfloat16(ears):
+    model = load_tiny(ears, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_copies_of_the_position_biases_may_be_absent(ears):
+    with_copies = load_tiny(ears).state_dict()
+    change_tensors(ears, lambda t: t.pop(BIAS.format(1)))
+    without = load_tiny(ears).state_dict()
+    assert without.keys() == with_copies.keys()
+    assert all(torch.equal(t, with_copies[name]) for name, t in without.items())
+
+
+def test_original_of_the_position_biases_may_not(ears):
+    change_tensors(ears, lambda t: t.pop(BIAS.format(0)))
+    assert BIAS.format(0).removeprefix("model.audio_tower.") in refusal(ears)
+
+
+def differ(tensors):
+    tensors[BIAS.format(1)][7, 1] += 1
+
+
+def narrow(tensors):
+    tensors[BIAS.format(1)] = tensors[BIAS.format(1)].half()
+
+
+@pytest.mark.parametrize("change", [differ, narrow])
+@pytest.mark.parametrize("is_first", [True, False], ids=["before", "after"])
+def test_copy_that_differs_from_the_original_is_named(ears, change, is_first):
+    tensors = read_tensors(ears)
+    change(tensors)
+    copy = {BIAS.format(1): tensors.pop(BIAS.format(1))}
+    names = ("a", "b") if is_first else ("b", "a")
+    write_shards(ears, dict(zip((f"{name}.safetensors" for name in names), (copy, tensors))))
+    one, other = (1, 0) if not is_first else (0, 1)
+    said = f"tensor {BIAS.format(one)} differs from {BIAS.format(other)}"
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        load_tiny(ears)
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        check_weights(open_tiny(ears), values=True)
+
+
+def test_copy_with_a_nan_is_named(ears):
+    change_tensors(ears, lambda t: t[BIAS.format(1)].fill_(float("nan")))
+    with pytest.raises(CheckpointError, match=rf"tensor {re.escape(BIAS.format(1))} holds NaN"):
+        load_tiny(ears)
+
+
+def test_copy_for_a_layer_that_is_not_there_is_refused(ears):
+    change_tensors(ears, lambda t: t.update({BIAS.format(2): t[BIAS.format(0)].clone()}))
+    assert "encoder.layers.2." in refusal(ears)
+
+
+@pytest.mark.parametrize(
+    ("key", "part"),
+    [
+        (BIAS.format(1), "audio tower"),
+        ("model.audio_tower.encoder.layers.1.fc2.bias", "audio tower"),
+        ("model.mm_projector_a.2.weight", "audio projector"),
+    ],
+)
+def test_tensor_of_the_ears_of_another_shape_is_named_with_both(ears, key, part):
+    wanted = list(read_tensors(ears)[key].shape)
+    change_tensors(ears, lambda t: t.update({key: torch.zeros(7, 1)}))
+    assert f"tensor {key} is [7, 1], this config's {part} needs {wanted}" in refusal(ears)
+
+
+@pytest.mark.parametrize("key", [AUDIO_KEY, "model.mm_projector_a.0.bias"])
+def test_missing_tensor_of_the_ears_is_named(ears, key):
+    change_tensors(ears, lambda t: t.pop(key))
+    assert f"tensor {key} missing, found none" in refusal(ears)
+
+
+def test_ears_that_no_file_holds_are_refused(ears):
+    tensors = read_tensors(ears)
+    write_tensors(ears, {k: t for k, t in tensors.items() if ".audio_tower." not in k})
+    # the by-product of training, whatever it holds, is not read
+    torch.save(tensors, ears / "audio_tower.bin")
+    line = refusal(ears)
+    assert "names an mm_audio_tower, but no weight file holds a tensor model.audio_tower." in line
+
+
+def test_ears_that_the_config_does_not_name_are_refused(ears):
+    change_json(ears / "config.json", mm_audio_tower=None)
+    assert re.search(r"tensor model\.(audio_tower|mm_projector_a)\.\S+ .* no place", refusal(ears))
+
+
+def test_ears_of_two_models_are_refused(ears):
+    change_json(ears / "config.json", mm_hidden_size_a=768)
+    assert "mm_hidden_size_a is 768, but its audio tower is 32 wide" in refusal(ears)
+
+
+def test_audio_tower_of_no_design_is_named_with_its_folder(ears):
+    name = "model.audio_tower.patch_embedding.weight"
+    change_tensors(ears, lambda t: t.update({name: torch.zeros(16, 1, 16, 8)}))
+    assert "tensor patch_embedding.weight is [16, 1, 16, 8]" in refusal(ears)
+
+
+def test_by_products_of_training_are_not_read(ears):
+    for name in ("audio_tower.bin", "mm_projector_a.bin"):
+        (ears / name).write_bytes(b"not even a pickle")
+    assert [path.name for path in open_tiny(ears).weight_files()] == ["model.safetensors"]
+    load_tiny(ears)
+
+
+@pytest.mark.parametrize("kind", ["linear", "identity", "mlp3x_gelu"])
+def test_every_kind_of_audio_projector_loads(tmp_path, kind):
+    # the language model of `write_tiny` is as wide as the audio tower
+    folder = write_tiny(tmp_path, has_ears=True, mm_projector_a_type=kind)
+    num_linear = {"linear": 1, "identity": 0, "mlp3x_gelu": 3}[kind]
+    model = load_tiny(folder)
+    weights = [name for name in model.mm_projector_a.state_dict() if name.endswith("weight")]
+    assert len(weights) == num_linear
+    assert model.project_sound(torch.zeros(1, 5, 32)).shape == (1, 5, 32)

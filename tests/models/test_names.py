@@ -1,15 +1,17 @@
-"""The public names: every tensor of the four sizes, claimed once."""
+"""The public names: every tensor of the five sizes, claimed once."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.goldens import spec
 from tests.tiny import tiny_engine, write_json
-from vla2_models.config import read_config
+from vla2_models.beats import read_design
+from vla2_models.config import read_audio, read_config
 from vla2_models.loading import build_empty
-from vla2_models.names import find_places, public_name
+from vla2_models.names import AUDIO_TOWER_PREFIX, find_places, public_name
 
 # the numbers of the language models and towers that the public checkpoints are made of
 MISTRAL = {
@@ -75,10 +77,21 @@ MODELS = {
     "VideoLLaMA2-8x7B": (MIXTRAL, CLIP, "stc_connector", 8, 1499, 47.495, 489.2, 845),
     "VideoLLaMA2-72B": (QWEN2_72B, CLIP, "stc_connector", 8, 1467, 74.944, 1934.7, 845),
 }
+EARS = {
+    "mm_audio_tower": "audio_tower.bin",
+    "mm_projector_a_type": "mlp2x_gelu",
+    "mm_hidden_size_a": 768,
+    "hidden_size_a": 3584,
+}
+# of the position biases that the layers of the audio tower share
+COPIES = [
+    f"model.audio_tower.encoder.layers.{i}.self_attn.relative_attention_bias.weight"
+    for i in range(1, 12)
+]
 
 
-def build_public(name, folder):
-    """Build a public checkpoint at its full size on the meta device."""
+def describe_public(name, folder, **more):
+    """Write the config.json of a public checkpoint, and read it."""
     language, tower, connector, num_frames = MODELS[name][:4]
     mm = {
         "mm_vision_tower": "tower",
@@ -87,12 +100,36 @@ def build_public(name, folder):
         "mm_vision_select_layer": -2,
         "num_frames": num_frames,
         "tie_word_embeddings": False,
+        **more,
     }
     (folder / "tower").mkdir()
     write_json(folder / "config.json", language | mm)
     write_json(folder / "tower/config.json", tower)
     write_json(folder / "tower/preprocessor_config.json", {})
-    return build_empty(read_config(folder, folder / "tower"))
+    return read_config(folder, folder / "tower")
+
+
+def build_public(name, folder):
+    """Build a public checkpoint at its full size on the meta device."""
+    return build_empty(describe_public(name, folder))
+
+
+@pytest.fixture
+def shapes_with_ears():
+    """Name -> shape of every tensor of VideoLLaMA2.1-7B-AV."""
+    lines = spec("state_dict_keys_av.tsv").read_text(encoding="utf-8").splitlines()
+    return {name: json.loads(shape) for name, shape in (line.split("\t") for line in lines)}
+
+
+def build_with_ears(shapes, folder):
+    """Build VideoLLaMA2.1-7B-AV on the meta device, its ears as the shapes are."""
+    config = describe_public("VideoLLaMA2.1-7B-16F", folder, **EARS)
+    of_tower = {
+        name.removeprefix(AUDIO_TOWER_PREFIX): tuple(shape)
+        for name, shape in shapes.items()
+        if name.startswith(AUDIO_TOWER_PREFIX)
+    }
+    return build_empty(replace(config, audio=read_audio(config, read_design(of_tower))))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -128,6 +165,40 @@ def test_public_sizes_are_those_of_the_spec(name, tmp_path):
     assert model.config.visual_tokens == tokens
 
 
+@pytest.mark.parametrize("has_copies", [True, False])
+def test_every_tensor_of_the_checkpoint_with_ears_has_one_place(
+    shapes_with_ears, tmp_path, has_copies
+):
+    held = {n: s for n, s in shapes_with_ears.items() if has_copies or n not in COPIES}
+    state = build_with_ears(held, tmp_path).state_dict()
+    places = find_places(state)
+    shapes = {public: list(place.of(state).shape) for public, place in places.items()}
+    assert len(shapes) == 1156
+    assert shapes == shapes_with_ears
+    assert [public for public, place in places.items() if place.is_copy] == COPIES
+
+
+def test_places_with_ears_cover_every_parameter_once(shapes_with_ears, tmp_path):
+    model = build_with_ears(shapes_with_ears, tmp_path)
+    state = model.state_dict()
+    places = find_places(state)
+    owned = [place.parameter for place in places.values() if not place.is_copy]
+    assert sorted(owned) == sorted(state)
+    (shared,) = {place.parameter for place in places.values() if place.is_copy}
+    assert places[COPIES[0].replace(".1.", ".0.")].parameter == shared
+    assert sum(tensor.numel() for tensor in state.values()) == 8_527_053_151
+
+
+def test_full_size_ears_are_those_of_the_spec(shapes_with_ears, tmp_path):
+    model = build_with_ears(shapes_with_ears, tmp_path)
+    sizes = [
+        sum(p.numel() for p in part.parameters())
+        for part in (model.audio_tower, model.mm_projector_a)
+    ]
+    assert sizes == [90_717_055, 15_604_736]
+    assert model.config.audio.audio_tokens == 1496
+
+
 def test_parts_of_fused_experts_do_not_overlap():
     fused = "language_model.model.layers.0.mlp.experts."
     state = {
@@ -143,8 +214,8 @@ def test_parts_of_fused_experts_do_not_overlap():
 
 
 def test_a_name_of_no_part_is_refused():
-    with pytest.raises(ValueError, match=r"'audio_tower\.weight' belongs to no part"):
-        public_name("audio_tower.weight")
+    with pytest.raises(ValueError, match=r"'ears\.weight' belongs to no part"):
+        public_name("ears.weight")
 
 
 def test_names_of_a_loaded_model_begin_as_the_public_ones():

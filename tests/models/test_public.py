@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import tomllib
 from importlib import resources
 from math import prod
@@ -9,7 +10,13 @@ import pytest
 import yaml
 
 from tests.goldens import spec
-from vla2_models.public import PublicCheckpoint, find_public, public_checkpoints, suggest
+from vla2_models.public import (
+    WITH_EARS,
+    PublicCheckpoint,
+    find_public,
+    public_checkpoints,
+    suggest,
+)
 
 ROOT = Path(__file__).parents[2]
 OWNER = "DAMO-NLP-SG/"
@@ -29,6 +36,7 @@ COUNTS = {
     "VideoLLaMA2-8x7B": ("47.495", "303.5", "489.2"),
     "VideoLLaMA2-72B": ("74.944", "303.5", "1934.7"),
     "VideoLLaMA2.1-7B-16F": ("8.421", "428.2", "376.9"),
+    "VideoLLaMA2.1-7B-AV": ("8.527", "428.2", "376.9"),
 }
 
 # config.json of the language models: width, ffn, width of k and v, layers, experts
@@ -54,9 +62,22 @@ def linear_shapes(public):
     return num_layers * (attention + num_experts * mlp)
 
 
-def test_ids_are_the_ten_public_ones_in_order():
+def shapes_of(public):
+    """Name -> shape of every parameter, as the reference builds them."""
+    if public.id == WITH_EARS:
+        lines = spec("state_dict_keys_av.tsv").read_text(encoding="utf-8").splitlines()
+        shapes = {name: json.loads(shape) for name, shape in (line.split("\t") for line in lines)}
+        # eleven names are of one parameter that has a twelfth
+        copy = re.compile(r"\.layers\.[1-9]\d*\.self_attn\.relative_attention_bias\.")
+        return {name: shape for name, shape in shapes.items() if not copy.search(name)}
+    shapes = json.loads(spec("state_dict_keys.json").read_text(encoding="utf-8"))
+    size = public.id.removeprefix(OWNER).removesuffix("-Base")
+    return shapes[size if size in shapes else "VideoLLaMA2-7B"]
+
+
+def test_ids_are_the_eleven_public_ones_in_order():
     ids = [public.id for public in public_checkpoints()]
-    assert ids == [id + end for id in WHOLE for end in ("", "-Base")]
+    assert ids == [*(id + end for id in WHOLE for end in ("", "-Base")), WITH_EARS]
 
 
 def test_each_file_is_named_like_its_id():
@@ -67,12 +88,13 @@ def test_each_file_is_named_like_its_id():
 def test_the_wheel_takes_every_file():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = project["tool"]["setuptools"]["package-data"]["vla2_models"]
-    assert len(spec_files()) == 10
+    assert len(spec_files()) == 11
     for path in spec_files():
         assert any(PurePath("specs", path.name).match(pattern) for pattern in patterns)
 
 
 def test_file_without_a_field_is_refused():
+    assert "audio_tokens" not in spec_files()[0].read_text(encoding="utf-8")
     facts = yaml.safe_load(spec_files()[0].read_text(encoding="utf-8"))
     for field in list(facts):
         fewer = {name: value for name, value in facts.items() if name != field}
@@ -110,21 +132,23 @@ def test_counts_are_those_of_the_reference(public):
     assert f"{public.num_tower_parameters / 1e6:.1f}" == tower
     assert f"{public.num_connector_parameters / 1e6:.1f}" == connector
     parts = public.num_tower_parameters + public.num_connector_parameters
+    parts += public.num_audio_parameters
     assert public.num_parameters == public.num_language_parameters + parts
 
 
 @every
 def test_counts_are_those_of_the_key_list(public):
-    shapes = json.loads(spec("state_dict_keys.json").read_text(encoding="utf-8"))
-    size = public.id.removeprefix(OWNER).removesuffix("-Base")
-    sizes = {k: prod(s) for k, s in shapes[size if size in shapes else "VideoLLaMA2-7B"].items()}
+    sizes = {name: prod(shape) for name, shape in shapes_of(public).items()}
     tower = sum(n for name, n in sizes.items() if name.startswith("model.vision_tower."))
     connector = sum(n for name, n in sizes.items() if name.startswith("model.mm_projector."))
+    ears = ("model.audio_tower.", "model.mm_projector_a.")
+    audio = sum(n for name, n in sizes.items() if name.startswith(ears))
     total = sum(sizes.values())
     assert public.num_parameters == total
     assert public.num_tower_parameters == tower
     assert public.num_connector_parameters == connector
-    assert public.num_language_parameters == total - tower - connector
+    assert public.num_audio_parameters == audio
+    assert public.num_language_parameters == total - tower - connector - audio
 
 
 @every
@@ -135,6 +159,15 @@ def test_grid_and_tokens_follow_from_the_tower_and_the_connector(public):
     extra = {"stc_connector": 1, "stc_connector_v35": 0}[public.connector]
     slots, side = public.num_frames // 2 + extra, public.grid_size // 2 + extra
     assert public.visual_tokens == slots * side**2
+
+
+@every
+def test_audio_tokens_are_those_of_30_seconds_of_patches(public):
+    # frames of 25 ms each 10 ms, then squares of 16 frames and 16 of 128 mels
+    num_frames = 1 + (30 * 16000 - 400) // 160
+    wanted = num_frames // 16 * (128 // 16) if public.id == WITH_EARS else 0
+    assert public.audio_tokens == wanted
+    assert (public.num_audio_parameters > 0) == (wanted > 0)
 
 
 @every
@@ -175,6 +208,10 @@ def test_public_checkpoint_is_found_by_its_very_id():
         ("damo-nlp-sg/videollama2-7b-16f", "DAMO-NLP-SG/VideoLLaMA2-7B-16F"),
         ("VideoLLaMA2.1-7B-16f", "DAMO-NLP-SG/VideoLLaMA2.1-7B-16F"),
         ("VideoLLaMA2.1-7B", "DAMO-NLP-SG/VideoLLaMA2.1-7B-16F"),
+        ("VideoLLaMA2.1-7B-A", WITH_EARS),
+        ("VideoLLaMA2.1-7B-av", WITH_EARS),
+        ("VideoLLaMA-2.1-7B-AV", WITH_EARS),
+        ("VideoLLaMA2-7B-AV", WITH_EARS),
         ("videollama2_8x7b_base", "DAMO-NLP-SG/VideoLLaMA2-8x7B-Base"),
         ("DAMO/VideoLLaMA2-72B/", "DAMO-NLP-SG/VideoLLaMA2-72B"),
     ],
@@ -191,6 +228,7 @@ def test_name_of_something_else_suggests_nothing(name):
 
 def test_right_id_suggests_nothing():
     assert suggest("DAMO-NLP-SG/VideoLLaMA2-7B") is None
+    assert suggest(WITH_EARS) is None
     assert suggest("owner/mine", known=["owner/mine"]) is None
 
 

@@ -4,16 +4,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from tests.goldens import RUNS, golden, golden_engine, golden_source, runs_of, tensors_of
+from tests.goldens import (
+    RUNS,
+    golden,
+    golden_audio,
+    golden_engine,
+    golden_source,
+    runs_of,
+    tensors_of,
+)
 from tests.tiny import change_json, load_tiny, open_tiny, read_tensors, write_tiny
 from vla2_models.checkpoint import open_checkpoint
 from vla2_models.errors import CheckpointError
+from vla2_models.hub import Source
 from vla2_models.loading import load_model
 from vla2_models.saving import save_checkpoint
 from vla2cli.config import GenerationChoice
-from vla2cli.engine import Ask, Engine
+from vla2cli.engine import Ask, Engine, MediaTokens
 
 CASES = dict.fromkeys(case for case, _ in RUNS)
 WHOLE_CASES = [case for case in CASES if not case.endswith(("_Base", "_lora"))]
@@ -48,7 +57,7 @@ def test_saved_checkpoint_says_the_same_ids(case, tmp_path):
     _, again, _ = convert(case, tmp_path / "out", dtype)
     engine = Engine(again, device="cpu", dtype="float32")
     about, expected = runs_of(case)["cap"], tensors_of(case, "cap")
-    ask = Ask(about["instruct"], "video", expected["projector_tokens"][0])
+    ask = Ask(about["instruct"], "video", MediaTokens(expected["projector_tokens"][0]))
     settings = engine.settings(GenerationChoice(max_new_tokens=about["max_new_tokens"]))
     said = [e.answer([ask], settings)[0].generation.ids for e in (golden_engine(case), engine)]
     assert said[0] == said[1] == tuple(expected["generated_ids"].tolist())
@@ -98,6 +107,46 @@ def test_weights_are_cut_into_shards_of_the_size_asked_for(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     return write_tiny(tmp_path / "hub")
+
+
+@pytest.mark.parametrize("has_copies", [True, False])
+def test_checkpoint_with_ears_is_written_as_the_public_one_is(tmp_path, has_copies):
+    golden = golden_audio("VideoLLaMA2.1-tiny-AV/config.json").parent
+    source = Source(golden.parent, offline=True)
+    stored = {k: t for path in golden.glob("*.safetensors") for k, t in load_file(path).items()}
+    given = tmp_path / "given"
+    shutil.copytree(golden, given, copy_function=shutil.copyfile)
+    given.chmod(0o755)
+    if not has_copies:  # as audio_tower.bin holds them
+        for path in given.glob("*.safetensors*"):
+            path.unlink()
+        copies = [f"layers.{i}.self_attn.relative_attention_bias.weight" for i in (1, 2)]
+        fewer = {k: t for k, t in stored.items() if not k.endswith(tuple(copies))}
+        assert len(fewer) == len(stored) - 2
+        save_file(fewer, given / "model.safetensors", metadata={"format": "pt"})
+    first = open_checkpoint(str(given), source)
+    model = load_model(first, dtype=None)
+    save_checkpoint(model, first, tmp_path / "out")
+    saved = load_file(tmp_path / "out/model.safetensors")
+    assert saved.keys() == stored.keys()
+    assert all(same_bytes(saved[key], stored[key]) for key in stored)
+    before = json.loads((golden / "config.json").read_text())
+    assert json.loads((tmp_path / "out/config.json").read_text()) == before
+    assert not list((tmp_path / "out").glob("*.bin"))
+    again = open_checkpoint(str(tmp_path / "out"), source)
+    assert again.config.audio == first.config.audio
+    second = load_model(again, dtype=None).state_dict()
+    assert all(same_bytes(t, second[name]) for name, t in model.state_dict().items())
+
+
+def test_copies_may_lie_in_two_shards(tmp_path):
+    folder = write_tiny(tmp_path / "hub", has_ears=True)
+    checkpoint = open_tiny(folder)
+    save_checkpoint(load_model(checkpoint), checkpoint, tmp_path / "out", max_shard_bytes=10**4)
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    files = {f for k, f in index["weight_map"].items() if k.endswith("attention_bias.weight")}
+    assert len(files) == 2
+    assert load_tiny_again(tmp_path / "out", folder)
 
 
 def save(folder, out, dtype=None):

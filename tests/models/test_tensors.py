@@ -21,10 +21,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.goldens import golden
+from tests.goldens import golden, golden_audio
 from vla2_models import tensors as tensors_module
 from vla2_models.errors import CheckpointError
-from vla2_models.tensors import open_tensors, read_shapes
+from vla2_models.tensors import open_tensors, read_parts, read_shapes
 
 MAGIC = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]  # ahead of an old file's content
 EXTENSION = 0xF0  # a code for private use, which one hostile pickle calls by number
@@ -482,9 +482,9 @@ def test_content_that_is_no_dict_of_tensors_is_refused(tmp_path, content, wanted
 
 @pytest.mark.parametrize("attribute", ["items", "keys", "__iter__", "__class__"])
 def test_attributes_of_the_dict_hide_nothing(tmp_path, attribute):
-    program = f"ccollections\nOrderedDict\n)R}}V{attribute}\nNsbVa\nNs.".encode()
+    program = b"ccollections\nOrderedDict\n)R}" + text(attribute) + b"Nsb" + text("a") + b"Ns."
     write_zip(tmp_path / "a.bin", program)
-    refusal(tmp_path / "a.bin")
+    assert "holds a NoneType as 'a', expected only tensors" in refusal(tmp_path / "a.bin")
 
 
 class Rebuilt:
@@ -660,3 +660,245 @@ def test_what_is_no_plain_file_is_refused_at_once(tmp_path, suffix, make):
 def test_other_suffix_is_refused(tmp_path):
     (tmp_path / "a.pkl").write_bytes(b"}.")
     assert "is no file of tensors, expected .safetensors, .bin" in refusal(tmp_path / "a.pkl")
+
+
+def parts_refusal(path, name="model"):
+    """Read the parts of a file that must be refused; return the line, which names the file."""
+    with pytest.raises(CheckpointError) as raised:
+        read_parts(path, name)
+    line = str(raised.value)
+    assert line.startswith(f"'{path}'")
+    assert line.isprintable(), line
+    assert len(line) < len(str(path)) + 400
+    return line
+
+
+SETTINGS = {
+    "cfg": {"layers": 3, "rate": 0.5, "name": "gelu", "deep": True, "rest": [None, (1, "a"), []]},
+    "label_dict": {0: "/m/09x0r", 1: "/m/05zppz"},
+    "ordered": OrderedDict(b=1, a=2),
+    "step": -7,
+}
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "old"])
+def test_settings_beside_tensors_are_read(tmp_path, is_zip):
+    path, content = tmp_path / "a.pt", public_tensors()
+    torch.save(SETTINGS | {"model": content}, path, _use_new_zipfile_serialization=is_zip)
+    settings, tensors = read_parts(path, "model")
+    assert settings == SETTINGS
+    assert type(settings["ordered"]) is dict
+    assert type(settings["cfg"]["rest"][1]) is tuple
+    assert_same(tensors, content)
+    # which changes nothing for who asks for tensors alone
+    assert "holds a dict as 'cfg', expected only tensors" in refusal(path)
+
+
+def test_file_with_settings_of_the_reference_is_read_as_with_torch():
+    path = golden_audio("BEATs_small.pt")
+    expected = torch.load(path, map_location="cpu", weights_only=True)
+    settings, tensors = read_parts(path, "model")
+    assert settings == {key: expected[key] for key in ("cfg", "label_dict")}
+    assert_same(tensors, expected["model"])
+
+
+@WRAPPERS
+@HOSTILE
+@pytest.mark.parametrize("checks_calls", [True, False], ids=["whole", "loader_alone"])
+def test_hostile_pickle_is_refused_and_never_runs_for_its_parts(
+    marker, tmp_path, monkeypatch, wrap, name, checks_calls
+):
+    if not checks_calls:
+        monkeypatch.setattr(tensors_module, "_check_calls", lambda path, program: None)
+    wrap(tmp_path / "a.pt", corpus(marker)[name])
+    parts_refusal(tmp_path / "a.pt")
+    assert not marker.exists()
+
+
+@HOSTILE
+@pytest.mark.parametrize("checks_calls", [True, False], ids=["whole", "loader_alone"])
+def test_hostile_setting_is_refused_and_never_runs(
+    marker, tmp_path, monkeypatch, name, checks_calls
+):
+    if not checks_calls:
+        monkeypatch.setattr(tensors_module, "_check_calls", lambda path, program: None)
+    program = corpus(marker)[name]
+    hostile = program.removeprefix(b"\x80\x02").removesuffix(b".")
+    write_zip(
+        tmp_path / "a.pt", b"\x80\x02}(" + text("model") + b"}" + text("cfg") + hostile + b"u."
+    )
+    parts_refusal(tmp_path / "a.pt")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "old"])
+@pytest.mark.parametrize("inside", [False, True], ids=["beside", "inside"])
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (torch.ones(2), "holds a Tensor among its settings"),
+        (torch.nn.Parameter(torch.ones(2)), "holds a Parameter among its settings"),
+        (torch.eye(3).to_sparse(), "holds a tensor of another kind"),
+        (torch.float16, "holds a dtype among its settings"),
+        (torch.FloatStorage, "among its settings"),
+        (np.float64(1.5), "multiarray.scalar"),
+        (b"bytes", "_codecs.encode"),
+        ({1, 2}, "set"),
+        (Path("a"), "pathlib.PosixPath"),
+        (2**63, "holds a number beyond 64 bits among its settings"),
+        (-(10**600), "holds a number beyond 64 bits among its settings"),
+        ({(1, 2): 3}, "holds a tuple among its settings"),
+    ],
+    ids=[
+        "tensor",
+        "parameter",
+        "sparse",
+        "dtype",
+        "storage",
+        "numpy",
+        "bytes",
+        "set",
+        "path",
+        "wide",
+        "long",
+        "tuple_as_name",
+    ],
+)
+def test_setting_that_is_no_text_or_number_is_refused(tmp_path, value, found, inside, is_zip):
+    content = {"model": {"a": torch.ones(2)}, "cfg": {"a": [0, value]} if inside else value}
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
+    assert found in parts_refusal(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("kind", ["sparse", "csr", "meta", "quantized", "complex", "bool"])
+def test_tensor_of_another_kind_is_refused_among_parts(tmp_path, kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save({"model": {"a": other_tensor(kind)}, "cfg": {}}, tmp_path / "a.pt")
+    assert "expected dense floats or integers" in parts_refusal(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "old"])
+def test_tensor_larger_than_its_bytes_is_refused_among_parts(tmp_path, is_zip):
+    content = {"model": {"a": Rebuilt((10**12,), (0,))}, "cfg": {}}
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
+    assert "bytes of it are stored" in parts_refusal(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ([1, 2], "holds a list, expected a dict with 'model'"),
+        ({}, "holds no 'model', expected a dict of tensors of that name"),
+        ({"model": None}, "holds a NoneType, expected a dict of tensors"),
+        ({"model": [1]}, "holds a list, expected a dict of tensors"),
+        ({"model": {"a": 1}}, "holds a int as 'a', expected only tensors"),
+        ({"model": {1: 1}}, "holds a name of type int, expected text"),
+        ({"model": {}, 1: 1}, "holds a name of type int, expected text"),
+        ({"model": {"model": {}}}, "holds a dict as 'model', expected only tensors"),
+    ],
+    ids=["list", "absent", "none", "list_inside", "number", "name", "outer_name", "deeper"],
+)
+@WRAPPERS
+def test_parts_of_another_shape_are_refused(tmp_path, content, wanted, wrap):
+    wrap(tmp_path / "a.pt", pickle.dumps(content, 2))
+    # without a wrapper there is no content, only a first number that is not PyTorch's
+    assert wrap is write_bare or wanted in parts_refusal(tmp_path / "a.pt")
+    parts_refusal(tmp_path / "a.pt")
+
+
+def holding_itself():
+    endless = []
+    endless.append({"again": endless})
+    return endless
+
+
+def doubled(times):
+    value = [1]
+    for _ in range(times):
+        value = [value, value]
+    return value
+
+
+def deep(depth):
+    value = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("wrap", [write_zip, write_old], ids=["zip", "old"])
+@pytest.mark.parametrize(
+    "value",
+    [holding_itself(), doubled(18), doubled(60), deep(21), deep(200), list(range(10**5))],
+    ids=["itself", "doubled", "doubled_often", "deep", "very_deep", "long"],
+)
+def test_settings_without_end_are_refused(tmp_path, value, wrap):
+    wrap(tmp_path / "a.pt", pickle.dumps({"model": {}, "cfg": value}, 2))
+    parts_refusal(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("wrap", [write_zip, write_old], ids=["zip", "old"])
+def test_settings_of_a_moderate_size_are_read(tmp_path, wrap):
+    cfg = [deep(15), doubled(10), {i: f"/m/{i}" for i in range(10**4)}]
+    wrap(tmp_path / "a.pt", pickle.dumps({"model": {}, "cfg": cfg}, 2))
+    assert read_parts(tmp_path / "a.pt", "model") == ({"cfg": cfg}, {})
+
+
+def test_settings_are_a_copy(tmp_path):
+    # two names for one list in the file are two lists of the reader's own
+    shared = [1]
+    torch.save({"model": {}, "a": shared, "b": shared}, tmp_path / "a.pt")
+    settings, _ = read_parts(tmp_path / "a.pt", "model")
+    settings["a"].append(2)
+    assert settings["b"] == [1]
+
+
+@pytest.mark.parametrize("attribute", ["items", "pop", "__iter__", "__class__", "__contains__"])
+def test_attributes_of_the_dict_hide_no_setting(tmp_path, attribute):
+    ordered = b"ccollections\nOrderedDict\n)R}" + text(attribute) + b"Nsb"
+    inside = ordered + text("a") + b"ctorch\nfloat16\ns"
+    program = ordered + b"(" + text("model") + b"}" + text("cfg") + inside + b"u."
+    write_zip(tmp_path / "a.pt", program)
+    assert "holds a dtype among its settings" in parts_refusal(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "old"])
+@pytest.mark.parametrize("part", [0, 0.01, 0.5, 0.99])
+def test_truncated_parts_are_refused(tmp_path, part, is_zip):
+    path = tmp_path / "a.pt"
+    torch.save(
+        {"model": {"a": torch.ones(7, 100)}, "cfg": {"b": 1}},
+        path,
+        _use_new_zipfile_serialization=is_zip,
+    )
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(part * len(whole))])
+    assert f"'{path}' is not a whole PyTorch file: " in parts_refusal(path)
+
+
+def test_damaged_parts_are_read_or_refused(tmp_path):
+    # any other exception fails the test
+    path = tmp_path / "a.pt"
+    torch.save({"model": {"a": torch.ones(1)}, "cfg": {"b": [1, (2.5, "c")]}, "d": {0: "e"}}, path)
+    whole = path.read_bytes()
+    generator = np.random.default_rng(0)
+    refused = []
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[generator.integers(len(whole))] = generator.integers(256)
+        path.write_bytes(damaged)
+        try:
+            read_parts(path, "model")
+        except CheckpointError as error:
+            refused.append(str(error))
+    assert refused
+    assert all(line.isprintable() for line in refused)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_parts_of_what_is_no_plain_file_are_refused_at_once(tmp_path, make):
+    make(tmp_path / "a.pt")
+    assert parts_refusal(tmp_path / "a.pt").endswith("cannot be read: it is no plain file")
+    with pytest.raises(CheckpointError, match="has no absent"):
+        read_parts(tmp_path / "absent.pt", "model")

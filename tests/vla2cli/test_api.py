@@ -10,7 +10,7 @@ from vla2cli import ask, caption
 from vla2cli.config import GenerationChoice
 from vla2cli.errors import LedgerBusyError, NoInputError, UsageError
 from vla2cli.ledger import Ledger, read_records
-from vla2cli.plan import FrameSampling
+from vla2cli.plan import Sampling
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHORT = GenerationChoice(max_new_tokens=6)
@@ -39,7 +39,7 @@ def test_caption_takes_a_prompt_and_part_of_a_clip():
         str(EXAMPLES / "01.mp4"),
         tiny_engine(),
         prompt="Be brief.",
-        sampling=FrameSampling(4, start_s=1.0, end_s=2.0),
+        sampling=Sampling(4, start_s=1.0, end_s=2.0),
         generation=SHORT,
     )
     assert record["question"] == "Be brief."

@@ -19,6 +19,7 @@ from vla2cli.config import GenerationChoice, GenerationSettings
 from vla2cli.engine import (
     Ask,
     Engine,
+    MediaTokens,
     find_flags,
     is_repeating,
     pick_device,
@@ -47,14 +48,14 @@ def golden_ask(case, run):
     """What the reference was asked, with our visual tokens from its pixels."""
     engine = golden_engine(case)
     about = runs_of(case)[run]
-    visual_tokens = None
+    media = MediaTokens()
     if about["modal"] != "text":
         features = features_of(case, "cap" if run == "mt" else run)
-        visual_tokens = engine.frontend.visual_tokens([features])[0]
+        media = MediaTokens(visual=engine.frontend.visual_tokens([features])[0])
     if isinstance(about["instruct"], str):
-        return Ask(about["instruct"], about["modal"], visual_tokens)
+        return Ask(about["instruct"], about["modal"], media)
     first, answer, second = (message["content"] for message in about["instruct"])
-    return Ask(second, about["modal"], visual_tokens, (Turn(first, answer),))
+    return Ask(second, about["modal"], media, (Turn(first, answer),))
 
 
 def golden_settings(case, run):
@@ -65,8 +66,8 @@ def golden_settings(case, run):
 def tiny_embeds():
     """Prompts of seven lengths, spliced."""
     engine = tiny_engine()
-    prompts = [engine.prompt(Ask(question, "text", None)) for question in QUESTIONS]
-    return [engine.embed(prompt, None) for prompt in prompts]
+    prompts = [engine.prompt(Ask(question, "text")) for question in QUESTIONS]
+    return [engine.embed(prompt, MediaTokens()) for prompt in prompts]
 
 
 def ids_of(generations):
@@ -101,7 +102,7 @@ def test_logits_of_every_step_match_reference(case, run):
     model = engine.model.language_model
     said = expected["generated_ids"]
     with torch.inference_mode():
-        prompt = engine.embed(engine.prompt(ask), ask.visual_tokens)
+        prompt = engine.embed(engine.prompt(ask), ask.media)
         embeds = torch.cat([prompt, model.get_input_embeddings()(said[:-1])])
         logits = model(inputs_embeds=embeds[None], logits_to_keep=len(said)).logits[0]
     assert_stages_match(f"{case} {run}", {"step_logits": logits}, expected)
@@ -172,7 +173,7 @@ def test_left_pad_keeps_the_rows_at_the_end():
 def test_sampled_text_does_not_depend_on_the_batch(batch):
     engine = tiny_engine()
     settings = engine.settings(GenerationChoice(max_new_tokens=16, temperature=0.8, seed=1))
-    asks = [Ask(question, "text", None, seed=i) for i, question in enumerate(QUESTIONS)]
+    asks = [Ask(question, "text", seed=i) for i, question in enumerate(QUESTIONS)]
     whole = [answer.text for answer in engine.answer(asks, settings)]
     parts = [
         answer.text
@@ -189,7 +190,7 @@ def test_sampled_text_does_not_depend_on_the_batch(batch):
 def test_seed_decides_what_is_drawn():
     engine = tiny_engine()
     settings = engine.settings(GenerationChoice(max_new_tokens=16, temperature=1.0))
-    asks = [Ask("a red car", "text", None, seed=seed) for seed in (5, 6, 5)]
+    asks = [Ask("a red car", "text", seed=seed) for seed in (5, 6, 5)]
     first, other, again = (answer.text for answer in engine.answer(asks, settings))
     assert first == again != other
 
@@ -336,7 +337,7 @@ def test_weights_that_are_not_finite_are_flagged(tmp_path, value, temperature):
     engine = Engine(open_tiny(folder), device="cpu", dtype="float32")
     engine.model.language_model.lm_head.weight[7] = value
     settings = engine.settings(GenerationChoice(max_new_tokens=4, temperature=temperature))
-    (answer,) = engine.answer([Ask("what happens?", "text", None)], settings)
+    (answer,) = engine.answer([Ask("what happens?", "text")], settings)
     assert answer.flags == ("empty", "not-finite")
     assert answer.text == ""
     assert (answer.generation.ids, answer.generation.logprob_mean) == ((), None)
@@ -429,7 +430,7 @@ def test_auto_dtype_follows_the_device():
 def test_bfloat16_engine_answers():
     engine = Engine(tiny_engine().checkpoint, device="cpu", dtype="bfloat16")
     (answer,) = engine.answer(
-        [Ask("a red car", "text", None)], engine.settings(GenerationChoice(max_new_tokens=4))
+        [Ask("a red car", "text")], engine.settings(GenerationChoice(max_new_tokens=4))
     )
     assert len(answer.generation.ids) == 4
     assert answer.generation.first_logits.dtype == torch.float32

@@ -10,9 +10,9 @@ from tests.tiny import tiny_engine
 from vla2cli.api import features
 from vla2cli.config import GenerationChoice
 from vla2cli.errors import UsageError
-from vla2cli.features import DEFAULT_TENSORS, LEDGER_NAME, TENSORS, parse_tensors
+from vla2cli.features import DEFAULT_TENSORS, LEDGER_NAME, TENSORS, VISUAL, parse_tensors
 from vla2cli.ledger import read_records
-from vla2cli.plan import FrameSampling
+from vla2cli.plan import Sampling
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -34,7 +34,7 @@ def files_in(folder):
 def test_two_ranges_of_a_clip_are_two_files_that_both_stay(clip, tmp_path):
     folder, engine = tmp_path / "out", tiny_engine()
     ends = [(0.0, 1.0), (2.0, 3.5), (None, 1.0), (1.234567, 3.0), (1.2345678, 3.0)]
-    ranges = [FrameSampling(8, *range_s) for range_s in ends]
+    ranges = [Sampling(8, *range_s) for range_s in ends]
     for sampling in ranges:
         (record,) = features(clip, engine, folder, sampling=sampling)
         tensors = load_file(folder / record["file"])
@@ -65,7 +65,7 @@ def test_file_that_is_gone_or_cut_is_made_again(clip, tmp_path):
     for spoil in (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:100])):
         spoil(path)
         list(features(clip, engine, folder))
-        assert set(load_file(path)) == set(DEFAULT_TENSORS)
+        assert set(load_file(path)) == set(DEFAULT_TENSORS) & set(VISUAL)
 
 
 def test_settings_of_generation_do_not_matter_where_nothing_is_generated(clip, tmp_path):
@@ -94,7 +94,7 @@ def test_bad_file_costs_one_error_record(clip, tmp_path):
     (folder / "bad.mp4").write_text("no video")
     records = {r["id"]: r for r in features(folder, tiny_engine(), tmp_path / "out")}
     assert records["bad.mp4"]["error"]["kind"] == "decode"
-    assert list(records["01.mp4"]["tensors"]) == list(DEFAULT_TENSORS)
+    assert list(records["01.mp4"]["tensors"]) == [n for n in DEFAULT_TENSORS if n in VISUAL]
     assert files_in(tmp_path / "out") == ["01.mp4.safetensors"]
     assert sum(r is not None for _, r, _ in read_records(tmp_path / "out" / LEDGER_NAME)) == 2
 

@@ -17,12 +17,12 @@ from vla2cli.ledger import Ledger, read_records
 from vla2cli.media.pool import DecodePool
 from vla2cli.plan import (
     DEFAULT_PROMPT,
-    FrameSampling,
+    Sampling,
     Task,
     Work,
     count_records,
     key_fields,
-    settle_kinds,
+    usable_items,
 )
 from vla2cli.record import row_seed
 
@@ -56,7 +56,7 @@ def clips(tmp_path):
 def make_job(pool, ledger=None, *, engine=None, task=CAPTION, choice=GREEDY, num_frames=8, batch=1):
     engine = engine or tiny_engine()
     settings = engine.settings(choice)
-    return Job(engine, task, FrameSampling(num_frames), settings, pool, ledger, batch=batch)
+    return Job(engine, task, Sampling(num_frames), settings, pool, ledger, batch=batch)
 
 
 def run(job, folder, **kwargs):
@@ -136,7 +136,7 @@ def test_file_that_is_gone_and_was_an_error_is_not_hashed(pool, tmp_path):
         (record,) = job.run(job.plan([item]).todo)
         assert record["error"] == {"kind": "missing", "stage": "open", "message": "no such file"}
         assert (record["size_bytes"], record["sha256"]) == (None, None)
-        assert job.plan([item]).failed == (Work(item, job.task.conversations_about(item)),)
+        assert job.plan([item]).failed == (Work(item, job.task.conversations_about(item.kind)),)
 
 
 def test_failed_file_is_recorded_as_it_was_when_it_was_read(pool, clips, tmp_path):
@@ -230,7 +230,7 @@ def test_batch_changes_no_text(pool, task, choice):
 def test_sampling_depends_on_the_seed_and_on_no_neighbour(pool):
     alone = texts(make_job(pool, choice=SAMPLED), [EXAMPLES / "05.mp4"])
     among = texts(make_job(pool, choice=SAMPLED), [EXAMPLES])
-    key = ("05.mp4", DEFAULT_PROMPT.format(modality="video"), 0)
+    key = ("05.mp4", DEFAULT_PROMPT.format(medium="video"), 0)
     assert alone[key] == among[key]
     other = GenerationChoice(max_new_tokens=8, temperature=1.0, seed=6)
     assert texts(make_job(pool, choice=other), [EXAMPLES / "05.mp4"])[key] != alone[key]
@@ -247,7 +247,7 @@ def test_same_clip_under_two_names_is_drawn_apart(pool, tmp_path):
 
 def test_row_seed_depends_on_key_and_seed_alone():
     item = Item("a.mp4", "x/a.mp4", "video")
-    key = key_fields(QUESTIONS, FrameSampling(8), item, ("What?", "Why?"), 1)
+    key = key_fields(QUESTIONS, Sampling(8), item, ("What?", "Why?"), 1)
     seed = row_seed(0, key)
     assert seed == row_seed(0, {**dict(reversed(key.items())), "text": "x", "path": "y"})
     assert 0 <= seed < 2**63
@@ -338,7 +338,7 @@ def test_decode_ahead_holds_few_clips_and_yields_all(pool, batch):
     for outcomes in decode_ahead(
         works(),
         pool,
-        lambda item: FrameSampling(2).request(item, geometry),
+        lambda item: Sampling(2).request(item, geometry, None),
         batch=batch,
         should_stop=lambda: False,
     ):
@@ -351,17 +351,19 @@ def test_decode_ahead_holds_few_clips_and_yields_all(pool, batch):
 # small helpers
 
 
-def test_default_prompt_names_the_modality():
-    video, image = Item("a", "a", "video"), Item("b", "b", "image")
-    assert CAPTION.conversations_about(video) == (("Please describe the video in detail.",),)
-    assert CAPTION.conversations_about(image) == (("Please describe the image in detail.",),)
-    assert QUESTIONS.conversations_about(image) == QUESTIONS.conversations
+@pytest.mark.parametrize("medium", ["video", "image", "audio"])
+def test_default_prompt_names_the_medium(medium):
+    assert CAPTION.conversations_about(medium) == ((f"Please describe the {medium} in detail.",),)
+
+
+def test_questions_do_not_depend_on_the_medium():
+    assert QUESTIONS.conversations_about("image") == QUESTIONS.conversations
 
 
 def test_segment_is_null_for_pictures_and_whole_files():
     video, image = Item("a", "a", "video"), Item("b", "b", "image")
-    assert FrameSampling(8).segment_of(video) is None
-    part = FrameSampling(8, start_s=1.0)
+    assert Sampling(8).segment_of(video) is None
+    part = Sampling(8, start_s=1.0)
     assert part.segment_of(video) == {"start_s": 1.0, "end_s": None}
     assert part.segment_of(image) is None
 
@@ -372,7 +374,7 @@ def test_kinds_that_names_do_not_tell_are_looked_up(pool, tmp_path):
     shutil.copy(EXAMPLES / "05.mp4", video)
     Path(text).write_text("neither")
     items = [Item(path, path, "unknown") for path in (picture, video, text)]
-    kinds = [item.kind for item in settle_kinds(items, pool)]
+    kinds = [item.kind for item in usable_items(items, pool, "auto", has_ears=False)]
     assert kinds == ["image", "video", "video"]  # what is neither becomes an error later
 
 

@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from tests.goldens import golden, golden_engine, golden_source, runs_of, tensors_of
-from tests.tiny import open_tiny, write_tiny
+from tests.tiny import SHORT_WINDOW, open_tiny, write_tiny
 from vla2_models import loading
 from vla2_models.checkpoint import open_checkpoint
 from vla2cli.config import GenerationChoice
-from vla2cli.engine import Ask, Engine, pick_dtype
+from vla2cli.engine import Ask, Engine, MediaTokens, pick_dtype
 from vla2cli.errors import ModelError, UsageError
 from vla2cli.layout import HEADROOM_BYTES, Layout
 
@@ -25,7 +25,7 @@ def answer(engine, case):
     (features,) = engine.frontend.vision_features([expected["pixel_values"]])
     (tokens,) = engine.frontend.visual_tokens([features])
     settings = engine.settings(GenerationChoice(max_new_tokens=about["max_new_tokens"]))
-    (answer,) = engine.answer([Ask(about["instruct"], "video", tokens)], settings)
+    (answer,) = engine.answer([Ask(about["instruct"], "video", MediaTokens(tokens))], settings)
     return answer
 
 
@@ -63,6 +63,42 @@ def test_quantised_model_answers_in_another_way_than_the_whole_one(case):
     assert found.isfinite().all()
     assert not torch.allclose(found, whole, atol=1e-3)
     assert engine.backends["quant"] == "4bit"
+
+
+@pytest.fixture
+def ears(tmp_path):
+    """A checkpoint with ears whose decoder is wide enough to be quantised."""
+    return open_tiny(write_tiny(tmp_path, has_ears=True, hidden_size=64, **SHORT_WINDOW))
+
+
+def hear(model):
+    rows = model.config.audio.window.num_frames
+    fbank = torch.randn((1, rows, 128), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return model.project_sound(model.encode_sound(fbank))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the map would take the GPUs")
+def test_ears_of_a_spread_model_stay_on_the_main_device(ears):
+    whole = Layout().load(ears, torch.float32, torch.device("cpu"))
+    front_size = sum(p.numel() * 4 for part in whole.front for p in part.parameters())
+    # room for the front alone: were the ears not counted, some layer would be on the CPU
+    layout = Layout(device_map="auto", max_memory={"cpu": front_size + HEADROOM_BYTES})
+    model = layout.load(ears, torch.float32, torch.device("cpu"))
+    assert all(p.is_meta for p in model.language_model.parameters())
+    assert not any(p.is_meta for part in model.front for p in part.parameters())
+    assert torch.equal(hear(model), hear(whole))
+
+
+def test_ears_of_a_quantised_model_are_not_quantised(ears):
+    pytest.importorskip("bitsandbytes")
+    cpu = torch.device("cpu")
+    layout = Layout(load_in="4bit")
+    whole, model = (lay.load(ears, torch.float32, cpu) for lay in (Layout(), layout))
+    decoder = model.language_model.model.layers[0]
+    assert type(decoder.mlp.up_proj).__name__ == "Linear4bit"
+    assert {p.dtype for part in model.front for p in part.parameters()} == {torch.float32}
+    assert torch.equal(hear(model), hear(whole))
 
 
 def test_quantised_model_computes_in_bfloat16_unless_told_otherwise():

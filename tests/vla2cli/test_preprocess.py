@@ -5,12 +5,18 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
 
+from tests.goldens import golden_audio, media
+from vla2_models.sound import SoundWindow
 from vla2cli.media.frames import read_frames
+from vla2cli.media.records import SoundRequest
+from vla2cli.media.sound import read_sound
 from vla2cli.media.stills import pad_with_black
-from vla2cli.preprocess import FrameGeometry, expand_to_square, fit_frame, normalise
+from vla2cli.preprocess import FrameGeometry, expand_to_square, fbank, fit_frame, normalise
 
 CLIP_OLD = {
     "crop_size": 56,
@@ -218,3 +224,101 @@ def test_expand_to_square_centres_a_wide_frame():
 def test_a_frame_that_is_not_rgb_is_refused():
     with pytest.raises(ValueError, match=r"expected \(H, W, 3\)"):
         fit_frame(np.zeros((4, 4), np.uint8), GEOMETRY["clip"])
+
+
+# the fbank
+
+
+def bits_of(rows):
+    return rows.view(torch.int16).numpy().view(np.uint16)
+
+
+FBANK_FILES = [
+    "sine440_16k.wav",
+    "noise_16k.wav",
+    "speech_22k.wav",
+    "stereo_44k.wav",
+    "mono_8k.wav",
+    "silence_16k.wav",
+    "long35_16k.flac",
+]
+
+
+@pytest.mark.parametrize("name", FBANK_FILES)
+def test_fbank_of_a_file_is_the_references_bit_for_bit(name):
+    meta = json.loads(golden_audio("fbank/meta.json").read_text(encoding="utf-8"))[name]
+    stored = np.load(golden_audio(f"fbank/{name.rpartition('.')[0]}.npz"))
+    crop = meta["crop_start_and_max"]
+    start_s = crop and crop[0] / meta["sample_rate"]
+    request = SoundRequest(SoundWindow(), is_required=True, audio_start_s=start_s)
+    sound, _ = read_sound(str(golden_audio(f"fbank/{name}")), request)
+    begin = stored["waveform16k"]
+    np.testing.assert_allclose(sound.waveform[: len(begin)], begin, atol=1e-6, rtol=0)
+    rows = fbank(sound.waveform)
+    assert (rows.dtype, tuple(rows.shape)) == (torch.bfloat16, (2998, 128))
+    assert np.array_equal(bits_of(rows), stored["fbank_bf16_bits"])
+
+
+@pytest.mark.parametrize("case", ["audio", "av", "av_long", "av_short", "av_silent"])
+def test_fbank_of_a_real_clip_matches_reference(case):
+    file = load_torch(golden_audio(f"e2e/{case}.safetensors"))
+    meta = json.loads(golden_audio("e2e/meta.json").read_text(encoding="utf-8"))[case]
+    path, request = str(media(meta["media"])), SoundRequest(SoundWindow(), is_required=True)
+    if case == "audio":
+        waveform = read_sound(path, request)[0].waveform
+    else:
+        waveform = read_frames(path, "video", num_frames=1, sound=request).sound.waveform
+    rows = fbank(waveform)
+    expected = file.get("fbank_bf16", torch.full((1, 2998, 128), -15.9375, dtype=torch.bfloat16))
+    flipped = rows != expected[0]
+    assert flipped.float().mean() <= (0 if case in ("audio", "av_silent") else 1e-3)
+    # bits read as an integer: a flip is to the next number, from a sample that is one unit off to
+    # the one after at most
+    steps = rows.view(torch.int16).int() - expected[0].view(torch.int16).int()
+    assert steps.abs().max() <= 2
+    if "waveform16k" in file and case != "audio":
+        # from the reference's own samples nothing may differ
+        assert torch.equal(fbank(file["waveform16k"].numpy()), expected[0])
+
+
+def test_fbank_of_stored_samples_before_rounding():
+    file = load_torch(golden_audio("e2e/audio.safetensors"))
+    rows = fbank(file["waveform16k"].double().numpy())
+    torch.testing.assert_close(rows.float(), file["fbank_raw"], atol=0.0626, rtol=0)
+
+
+def test_fbank_of_silence_is_one_number():
+    for dtype in (np.int16, np.float64):
+        rows = fbank(np.zeros(2800, dtype))
+        assert rows.shape == (16, 128)
+        assert (rows == -15.9375).all()
+
+
+@pytest.mark.parametrize("num", [400, 559, 560, 4999])
+def test_fbank_has_a_row_for_every_whole_window(num):
+    assert len(fbank(np.ones(num, np.int16))) == 1 + (num - 400) // 160
+
+
+def test_fbank_agrees_with_the_stored_filters_and_window():
+    # the definition written out: frame, mean, pre-emphasis, window, power, filters, log
+    stored = np.load(golden_audio("fbank/mel_and_window.npz"))
+    samples = np.random.default_rng(0).standard_normal(1600) * 3000
+    frames = np.stack([samples[i : i + 400] for i in range(0, 1600 - 399, 160)])
+    frames = frames - frames.mean(axis=1, keepdims=True)
+    frames = frames - 0.97 * np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
+    power = np.abs(np.fft.rfft(frames * stored["povey_window"], 512)) ** 2
+    energy = power[:, :256] @ stored["mel_filters"].astype(np.float64).T
+    expected = np.log(np.maximum(energy, 1.1920929e-07))
+    rows = fbank(samples / 2**15).float().numpy()
+    np.testing.assert_allclose(rows, expected, rtol=2**-8)
+    assert (rows[:, 3] == -15.9375).all()  # the one filter that is empty
+
+
+@pytest.mark.parametrize(
+    "waveform",
+    [np.zeros((1, 800), np.int16), np.zeros(800, np.float32), np.zeros(399, np.int16)],
+    ids=["2-D", "float32", "shorter than a row"],
+)
+def test_fbank_rejects_what_no_reader_gives(waveform):
+    with pytest.raises(ValueError, match="expected at least"):
+        fbank(waveform)

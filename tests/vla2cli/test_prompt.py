@@ -44,23 +44,23 @@ def test_prompt_and_ids_match_reference(case, run):
     question, history = questions_of(about["instruct"])
     model_type = "videollama2_" + case.partition("_")[0]
     prompt = build_prompt(
-        tokenizer_of(case), model_type, question, modality=about["modal"], history=history
+        tokenizer_of(case), model_type, question, medium=about["modal"], history=history
     )
     assert prompt.text == about["prompt"]
     assert list(prompt.input_ids) == tensors_of(case, run)["input_ids"].tolist()
 
 
 @pytest.mark.parametrize(
-    ("modality", "ids"), [("video", [-201]), ("image", [-200]), ("text", [])], ids=str
+    ("medium", "ids"), [("video", [-201]), ("image", [-200]), ("text", [])], ids=str
 )
-def test_modality_decides_the_placeholder(tokenizer, modality, ids):
-    prompt = build_prompt(tokenizer, MISTRAL, "What?", modality=modality)
+def test_modality_decides_the_placeholder(tokenizer, medium, ids):
+    prompt = build_prompt(tokenizer, MISTRAL, "What?", medium=medium)
     assert [i for i in prompt.input_ids if i < 0] == ids
 
 
 def test_text_keeps_the_line_break_of_the_missing_placeholder(tokenizer):
     plain = with_template(tokenizer, "{{ messages[-1]['content'] }}")
-    assert build_prompt(plain, MISTRAL, "Why?", modality="text").text == "\nWhy?"
+    assert build_prompt(plain, MISTRAL, "Why?", medium="text").text == "\nWhy?"
 
 
 def test_placeholder_stands_before_the_first_question_only(tokenizer):
@@ -76,22 +76,22 @@ def test_placeholder_stands_before_the_first_question_only(tokenizer):
 )
 def test_model_type_decides_on_a_system_message(tokenizer, model_type, roles):
     tokenizer = with_template(tokenizer, "{% for m in messages %}{{ m['role'] }} {% endfor %}")
-    assert build_prompt(tokenizer, model_type, "Why?", modality="text").text == roles
+    assert build_prompt(tokenizer, model_type, "Why?", medium="text").text == roles
 
 
 def test_template_asks_for_an_answer(tokenizer):
     template = "{{ bos_token }}{{ eos_token }}{{ add_generation_prompt }}"
-    prompt = build_prompt(with_template(tokenizer, template), MISTRAL, "Why?", modality="text")
+    prompt = build_prompt(with_template(tokenizer, template), MISTRAL, "Why?", medium="text")
     assert prompt.text == "<s></s>True"
 
 
-@pytest.mark.parametrize("modality", ["video", "image"])
-def test_question_that_holds_its_placeholder_is_refused(tokenizer, modality):
-    question = f"what is <{modality}>?"
-    with pytest.raises(UsageError, match=f"holds '<{modality}>'"):
-        build_prompt(tokenizer, MISTRAL, question, modality=modality)
-    with pytest.raises(UsageError, match=f"holds '<{modality}>'"):
-        check_question(question, modality)
+@pytest.mark.parametrize("medium", ["video", "image"])
+def test_question_that_holds_its_placeholder_is_refused(tokenizer, medium):
+    question = f"what is <{medium}>?"
+    with pytest.raises(UsageError, match=f"holds '<{medium}>'"):
+        build_prompt(tokenizer, MISTRAL, question, medium=medium)
+    with pytest.raises(UsageError, match=f"holds '<{medium}>'"):
+        check_question(question, medium)
 
 
 def test_earlier_question_that_holds_the_placeholder_is_refused(tokenizer):
@@ -100,7 +100,7 @@ def test_earlier_question_that_holds_the_placeholder_is_refused(tokenizer):
 
 
 def test_placeholder_of_another_modality_is_plain_text(tokenizer):
-    prompt = build_prompt(tokenizer, MISTRAL, "what is <image>?", modality="video")
+    prompt = build_prompt(tokenizer, MISTRAL, "what is <image>?", medium="video")
     assert [i for i in prompt.input_ids if i < 0] == [-201]
 
 

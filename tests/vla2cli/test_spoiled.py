@@ -10,14 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.goldens import golden
+from tests.goldens import golden, golden_audio
 from tests.tiny import change_json, write_json, write_shards, write_tensors
 from vla2cli.cli import main
 
 CLIP = str(Path(__file__).parents[2] / "examples/01.mp4")
 QWEN2, MIXTRAL = "qwen2_siglip_stcv35_16f", "mixtral_clip_stc_8f"
+EARS = "VideoLLaMA2.1-tiny-AV"
 BASE, LORA = "mistral_clip_stc_8f_Base", "mistral_clip_stc_8f_lora"
 WEIGHTS = "model.safetensors"
+BIAS = "model.audio_tower.encoder.layers.{}.self_attn.relative_attention_bias.weight"
 LM_HEAD = "lm_head.weight"
 EXPERT = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
 
@@ -33,6 +35,8 @@ def hub(tmp_path):
     """A hub folder of one's own with the golden towers and language models."""
     towers = golden("towers/google").parent
     shutil.copytree(towers, tmp_path / "hub", copy_function=shutil.copyfile)
+    tower = golden_audio("siglip-tiny-patch14-70/config.json").parent
+    shutil.copytree(tower, tmp_path / "hub" / tower.name, copy_function=shutil.copyfile)
     for folder in (tmp_path / "hub").rglob("*/"):
         folder.chmod(0o755)
     return tmp_path / "hub"
@@ -44,7 +48,8 @@ def said(capsys, tmp_path, hub):
 
     def run(case, spoil, *command):
         folder = tmp_path / "ckpt"
-        source = golden(f"checkpoints/{case}/config.json").parent
+        find = golden_audio if case == EARS else golden
+        source = find(f"{'' if case == EARS else 'checkpoints/'}{case}/config.json").parent
         shutil.copytree(source, folder, copy_function=shutil.copyfile)
         folder.chmod(0o755)
         spoil(folder)
@@ -61,6 +66,33 @@ def change_tensors(folder, change):
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
     write_tensors(folder, tensors)
+
+
+def of_ears(change):
+    """Change the tensors of the golden checkpoint with ears, whose shards become one file."""
+
+    def spoil(folder):
+        shards = sorted(folder.glob("model-*.safetensors"))
+        tensors = {key: tensor for path in shards for key, tensor in load_file(path).items()}
+        for path in (*shards, folder / "model.safetensors.index.json"):
+            path.unlink()
+        change(tensors)
+        write_tensors(folder, tensors)
+
+    return spoil
+
+
+def lose_ears(tensors):
+    for key in [key for key in tensors if ".audio_tower." in key]:
+        del tensors[key]
+
+
+def bend_copy(tensors):
+    tensors[BIAS.format(2)][300, 3] += 1
+
+
+def cut_copy(tensors):
+    tensors[BIAS.format(2)] = tensors[BIAS.format(2)][:-1].clone()
 
 
 def lose_shard(folder):
@@ -236,6 +268,32 @@ SPOILED = {
         "chat template refuses the prompt",
     ),
     "another language model": (MIXTRAL, claim_mistral, "has no place in a videollama2_mistral"),
+    "lost ears": (EARS, of_ears(lose_ears), "no weight file holds a tensor model.audio_tower.*"),
+    "bent copy": (
+        EARS,
+        of_ears(bend_copy),
+        f"tensor {BIAS.format(2)} differs from model.audio_tower.",
+    ),
+    "cut copy": (EARS, of_ears(cut_copy), f"tensor {BIAS.format(2)} is [319, 4], this config's au"),
+    "unnamed ears": (
+        EARS,
+        set_field("config.json", mm_audio_tower=None),
+        "has no place in a video",
+    ),
+    **{
+        f"{field} {value}": (EARS, set_field("config.json", **{field: value}), field)
+        for field, value in [
+            ("mm_audio_tower", True),
+            ("hidden_size_a", 4096),
+            ("mm_hidden_size_a", 768),
+            ("mm_projector_a_type", "qformer"),
+            ("mm_projector_a_type", "identity"),
+            ("mm_audio_window_s", 0),
+            ("mm_audio_window_s", 1e300),
+            ("mm_audio_num_clips", "many"),
+            ("mm_audio_clip_s", -2),
+        ]
+    },
 }
 COMMANDS = {
     "caption": ["caption", CLIP, "-m", "{folder}", "-q", "--max-new-tokens", "1"],
@@ -259,7 +317,7 @@ def test_spoiled_checkpoint_is_one_line_and_exit_1(said, tmp_path, name, command
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("case", [QWEN2, MIXTRAL, BASE, LORA])
+@pytest.mark.parametrize("case", [QWEN2, MIXTRAL, BASE, LORA, EARS])
 def test_sound_checkpoint_is_taken(said, case, command):
     code, _, err = said(case, lambda folder: None, *COMMANDS[command])
     assert code == 0, err

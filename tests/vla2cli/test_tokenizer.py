@@ -438,7 +438,7 @@ def test_qwen2_bytes_that_are_no_utf8_become_replacement_marks(qwen2_folder):
 def test_qwen2_has_no_bos_token(qwen2_folder):
     tokenizer = load_tokenizer(qwen2_folder)
     assert tokenizer.bos_token == ""
-    assert build_prompt(tokenizer, "", "Why?", modality="text").text == "\nWhy?<|im_end|>"
+    assert build_prompt(tokenizer, "", "Why?", medium="text").text == "\nWhy?<|im_end|>"
 
 
 @pytest.mark.parametrize("name", ["<|im_end|>", "the"])

@@ -1,4 +1,4 @@
-"""The front-end in plain PyTorch: normalised frames -> visual tokens."""
+"""The front-end in plain PyTorch: normalised frames -> visual tokens, fbank -> audio tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vla2_models.videollama2 import VideoLLaMA2
 
 
 class EagerFrontend:
-    """Tower and connector of a loaded checkpoint, run as they stand."""
+    """Towers and connectors of a loaded checkpoint, run as they stand."""
 
     name = "torch"  # in a record's `frontend`
 
@@ -40,3 +40,13 @@ class EagerFrontend:
             (num_tokens, D) tokens each.
         """
         return [self.model.project(clip[None])[0] for clip in features]
+
+    @torch.inference_mode()
+    def audio_features(self, fbank: Tensor) -> Tensor:
+        """Run the audio tower on a (1, R, 128) bfloat16 fbank: (1, num_tokens, C) features."""
+        return self.model.encode_sound(fbank.to(self.model.device))
+
+    @torch.inference_mode()
+    def audio_tokens(self, features: Tensor) -> Tensor:
+        """Run the audio projector: (1, num_tokens, D) tokens."""
+        return self.model.project_sound(features)

@@ -137,7 +137,7 @@ class DecodePool:
             thread.start()
 
     def submit(self, request: ClipRequest) -> Future[Clip]:
-        """Hash a file and read the frames that the model is to see."""
+        """Hash a file and read the frames and the sound that the model is given."""
 
         def run(owner: _Owner) -> Clip:
             # two requests, so that hashing a large file does not eat the decoder's time

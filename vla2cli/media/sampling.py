@@ -59,15 +59,20 @@ def frame_range(
     Raises:
         InputError: no frame lies in the range.
     """
-    if start_s is not None and end_s is not None:
-        start_s, end_s = sorted((max(start_s, 0.0), max(end_s, 0.0)))
-        if start_s == end_s:
-            end_s = start_s + 1
+    start_s, end_s = repair_range(start_s, end_s)
     first = 0 if start_s is None else max(int(start_s * fps) - 1, 0)
     last = num_total - 1 if end_s is None else min(int(end_s * fps) - 1, num_total - 1)
     if first > last:
         raise _out_of_range(num_total, fps, start_s, end_s)
     return first, last
+
+
+def repair_range(start_s: float | None, end_s: float | None) -> tuple[float | None, float | None]:
+    """Repair a time range that has both ends, as `frame_range` says."""
+    if start_s is None or end_s is None:
+        return start_s, end_s
+    start_s, end_s = sorted((max(start_s, 0.0), max(end_s, 0.0)))
+    return start_s, end_s + 1 if start_s == end_s else end_s
 
 
 def sample_indices(

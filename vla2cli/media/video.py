@@ -1,17 +1,15 @@
 """Videos through PyAV: the true frame for every index, by seeking where that is exact.
 
-The file is read once without decoding to list the presentation times of its frames. Each wanted
-frame is then reached by a seek to the key frame before it and known by its exact time. Files whose
-times cannot be trusted, or where a seek misses, are decoded from the start instead.
+The file is read once, decoding its sound but no picture, to list the presentation times of its
+frames. Each wanted frame is then reached by a seek to the key frame before it and known by its
+exact time. Files whose times cannot be trusted, or where a seek misses, are decoded from the start
+instead.
 """
 
-import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
 import av
 import numpy as np
@@ -21,17 +19,21 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from vla2cli.errors import InputError
-from vla2cli.media.records import Frames, Probe
+from vla2cli.media.container import (
+    av_errors,
+    find_picture,
+    find_sound,
+    open_container,
+    packets,
+    undecodable,
+)
+from vla2cli.media.records import Frames, Probe, SoundRequest
 from vla2cli.media.sampling import sample_indices
+from vla2cli.media.sound import Track, cut_track, open_track
 
 _NEAR_FRAMES = 8  # closer than this, decoding on is cheaper than a seek
 _SEEK_TRIES = 3  # each starts one key frame earlier: open GOPs need one more, MPEG-TS sometimes two
 _PARTIAL = "partial-video"
-_HLS = b"#EXTM3U"
-
-logging.getLogger("libav").addHandler(logging.NullHandler())
-logging.getLogger("libav").propagate = False
-av.logging.set_level(None)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,11 @@ class _Decoded:
 
 
 def read_video(
-    path: str, num_frames: int | None, start_s: float | None, end_s: float | None
+    path: str,
+    num_frames: int | None,
+    start_s: float | None,
+    end_s: float | None,
+    sound: SoundRequest | None = None,
 ) -> Frames:
     """Sample a video; a damaged one gives what can be had and the flag "partial-video".
 
@@ -66,93 +72,70 @@ def read_video(
         ).tolist()
         return indices
 
-    with _av_errors():
-        with _open(path) as (container, stream):
-            table = _scan(container, stream)
-        picked = sample(table)
-        decoded = None
-        if table.pts is not None:
-            with _open(path) as (container, stream):
+    with av_errors():
+        with open_container(path) as container:
+            stream = _require_picture(container)
+            track = None if sound is None else open_track(container, sound)
+            table = _scan(container, stream, track)
+            if track is not None:
+                track.finish()
+            first_s = _first_s(stream, table)
+            picked = sample(table)
+            decoded = None
+            if table.pts is not None:
                 decoded = _decode_by_seeking(container, stream, table, sorted(set(picked)))
         if decoded is None:
             table, picked, decoded = _decode_from_start(path, table, sample)
-    return _as_frames(table, picked, decoded)
+    frames = _as_frames(table, picked, decoded)
+    if sound is None:
+        return frames
+    heard, flags = cut_track(track, sound, first_s, frames.duration_s)
+    return replace(frames, sound=heard, flags=(*frames.flags, *flags))
 
 
 def probe_video(path: str) -> Probe:
-    """Tell a video's size and length.
+    """Tell a video's size and length, and whether it has sound.
 
     Raises:
         InputError: the file is no video.
     """
-    with _av_errors(), _open(path) as (container, stream):
+    with av_errors(), open_container(path) as container:
+        stream = _require_picture(container)
+        has_sound = find_sound(container) is not None
         table = _scan(container, stream)
         width, height = stream.codec_context.width, stream.codec_context.height
-    return Probe("video", table.num_total, table.fps, _duration_s(table), width, height)
+    duration_s = _duration_s(table)
+    return Probe("video", table.num_total, table.fps, duration_s, width, height, has_sound)
 
 
-@contextmanager
-def _av_errors() -> Iterator[None]:
-    try:
-        yield
-    except MemoryError as error:  # PyAV's own ENOMEM is one as well
-        message = "not enough memory to decode this video"
-        raise InputError(message, kind="memory", stage="decode") from error
-    # UnicodeDecodeError comes from odd metadata, EOFError from files that end in their header
-    except (av.error.FFmpegError, ValueError, OSError, EOFError) as error:
-        raise _undecodable(_reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    log = getattr(error, "log", None)  # (level, module, text) of FFmpeg's last complaint
-    if log and log[2].strip():
-        return str(log[2].strip().splitlines()[-1])
-    return str(getattr(error, "strerror", None) or error or type(error).__name__)
-
-
-def _undecodable(reason: str) -> InputError:
-    return InputError(f"cannot decode: {reason}", kind="decode", stage="decode")
-
-
-@contextmanager
-def _open(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    with Path(path).open("rb") as file:
-        if file.read(len(_HLS)) == _HLS:  # FFmpeg would retry its parts for minutes
-            raise _undecodable("this is a playlist, not a video")
-    # FFmpeg's words are kept only while opening, for the message: during decoding its threads log
-    av.logging.set_level(av.logging.ERROR)
-    try:
-        # a playlist may name other files or the network: only plain files are followed
-        container = av.open(path, options={"protocol_whitelist": "file"})
-    finally:
-        av.logging.set_level(None)
-    with container:
-        yield container, _video_stream(container)
-
-
-def _video_stream(container: InputContainer) -> VideoStream:
-    # the cover picture of a song is a video stream to FFmpeg
-    cover = av.stream.Disposition.attached_pic
-    streams = [s for s in container.streams.video if not s.disposition & cover]
-    if streams:
-        stream = streams[0]
+def _require_picture(container: InputContainer) -> VideoStream:
+    stream = find_picture(container)
+    if stream is not None:
+        if stream.codec_context is None:
+            raise undecodable("no decoder for the picture in this file")
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = 2  # as the reference; there are several workers
         return stream
-    has_sound = bool(container.streams.audio)
-    message = "this file has sound but no picture" if has_sound else "no video stream in this file"
+    message = "no video stream in this file"
+    if find_sound(container) is not None:
+        message = "this file has sound but no picture; --modality audio hears it"
     raise InputError(message, kind="no-video", stage="decode")
 
 
-def _scan(container: InputContainer, stream: VideoStream) -> _Table:
+def _scan(container: InputContainer, stream: VideoStream, track: Track | None = None) -> _Table:
+    # the sound is decoded as it comes by: the file is read once for both
     times: list[int | None] = []
     keys: list[int] = []
     is_partial = False
     num_hidden = 0
-    for packet in _packets(container, stream):
+    streams = [stream] if track is None else [stream, track.stream]
+    for packet in packets(container, *streams):
         if packet is None:  # the file ends in the middle of something
             is_partial = True
             break
+        if track is not None and packet.stream_index == track.stream.index:
+            track.feed(packet)
+            continue
         if packet.is_discard:  # cut off by an mp4 edit list: decoded, never shown
             num_hidden += 1
             continue
@@ -180,19 +163,6 @@ def _trusted_pts(times: list[int | None], keys: list[int]) -> list[int] | None:
     return sorted(pts for pts in known if pts >= keys[0])
 
 
-def _packets(
-    container: InputContainer, stream: VideoStream
-) -> Iterator["av.Packet[VideoStream] | None"]:
-    try:
-        for packet in container.demux(stream):
-            if packet.size:  # the last one is empty: it asks the decoder for what it still holds
-                yield packet
-    except MemoryError:
-        raise
-    except (av.error.FFmpegError, OSError):
-        yield None
-
-
 def _promises_more(stream: VideoStream, num_found: int) -> bool:
     promised: float = stream.frames
     if not promised and stream.duration and stream.time_base and stream.average_rate:
@@ -204,6 +174,11 @@ def _promises_more(stream: VideoStream, num_found: int) -> bool:
 def _fps(stream: VideoStream) -> float:
     rate = stream.average_rate or stream.guessed_rate or stream.base_rate
     return float(rate) if rate else 25.0  # FFmpeg's own assumption for streams that do not say
+
+
+def _first_s(stream: VideoStream, table: _Table) -> float:
+    # where the picture begins in the container's time
+    return (table.pts[0] if table.pts else stream.start_time or 0) * table.time_base
 
 
 def _duration_s(table: _Table) -> float:
@@ -277,7 +252,7 @@ def _decode_from_start(
     picked = sample(table)
     decoded, seen = _decode_in_order(path, table, picked)
     if not seen:
-        raise _undecodable("no frame can be decoded")
+        raise undecodable("no frame can be decoded")
     found = [pts for pts in seen if pts is not None]
     is_timed = len(found) == len(seen) and all(a < b for a, b in pairwise(found))
     counted = _Table(
@@ -312,7 +287,8 @@ def _decode_in_order(
         decoded.used[index] = source[0]
         decoded.is_damaged |= source[1].is_corrupt or source[0] != index
 
-    with _open(path) as (container, stream):
+    with open_container(path) as container:
+        stream = _require_picture(container)
         for frame in _all_frames(container, stream, decoded):
             seen.append(frame.pts)
             if positions is None:
@@ -335,7 +311,7 @@ def _all_frames(
     container: InputContainer, stream: VideoStream, decoded: _Decoded
 ) -> Iterator[VideoFrame]:
     # goes on after a damaged packet, which container.decode() does not
-    for packet in _packets(container, stream):
+    for packet in packets(container, stream):
         if packet is None:
             decoded.is_damaged = True
             break

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from vla2cli.media.records import Clip, ClipRequest, FileState
+from vla2_models.sound import SoundWindow
+from vla2cli.media.records import Clip, ClipRequest, FileState, Sound, SoundRequest
 from vla2cli.preprocess import FrameGeometry
 
 _LENGTHS = struct.Struct("!QQ")
@@ -65,19 +66,48 @@ def pack_request(request: ClipRequest) -> dict[str, Any]:
 
 def unpack_request(header: dict[str, Any]) -> ClipRequest:
     """Rebuild a request from its header."""
-    return ClipRequest(**{**header, "geometry": FrameGeometry.from_dict(header["geometry"])})
+    fields = dict(header)
+    if fields["geometry"] is not None:
+        fields["geometry"] = FrameGeometry.from_dict(fields["geometry"])
+    if fields["sound"] is not None:
+        window = SoundWindow(**fields["sound"]["window"])
+        fields["sound"] = SoundRequest(**{**fields["sound"], "window": window})
+    return ClipRequest(**fields)
 
 
-def pack_clip(clip: Clip) -> tuple[dict[str, Any], memoryview]:
-    """Turn a clip into a header and the bytes of its frames."""
-    header = {name: getattr(clip, name) for name in clip.__dataclass_fields__ if name != "frames"}
-    header |= {"state": asdict(clip.state), "shape": clip.frames.shape}
-    return header, np.ascontiguousarray(clip.frames).reshape(-1).data
+def pack_clip(clip: Clip) -> tuple[dict[str, Any], bytes]:
+    """Turn a clip into a header and the bytes of its sound and frames."""
+    header = {name: getattr(clip, name) for name in clip.__dataclass_fields__}
+    header |= {"state": asdict(clip.state), "frames": None, "sound": None}
+    body = b""
+    # the sound goes first, so that its numbers lie at even addresses
+    if clip.sound is not None:
+        waveform = clip.sound.waveform
+        header["sound"] = {
+            "dtype": waveform.dtype.str,
+            "size": waveform.size,
+            "spans_s": clip.sound.spans_s,
+            "duration_s": clip.sound.duration_s,
+        }
+        body += waveform.tobytes()
+    if clip.frames is not None:
+        header["frames"] = clip.frames.shape
+        body += clip.frames.tobytes()
+    return header, body
 
 
 def unpack_clip(header: dict[str, Any], body: bytearray) -> Clip:
-    """Rebuild a clip; its frames live in `body`."""
+    """Rebuild a clip; its sound and frames live in `body`."""
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in header.items()}
-    shape = fields.pop("shape")
     fields["state"] = FileState(**fields["state"])
-    return Clip(frames=np.frombuffer(body, np.uint8).reshape(shape), **fields)
+    offset = 0
+    if fields["sound"] is not None:
+        sound = fields["sound"]
+        waveform = np.frombuffer(body, np.dtype(sound["dtype"]), sound["size"])
+        offset = waveform.nbytes
+        spans_s = tuple((start, end) for start, end in sound["spans_s"])
+        fields["sound"] = Sound(waveform, spans_s, sound["duration_s"])
+    if fields["frames"] is not None:
+        frames = np.frombuffer(body, np.uint8, offset=offset)
+        fields["frames"] = frames.reshape(fields["frames"])
+    return Clip(**fields)

@@ -24,7 +24,8 @@ from vla2cli.errors import InputError
 from vla2cli.media import wire
 from vla2cli.media.files import check_file, hash_file, stat_file
 from vla2cli.media.frames import find_kind, probe, read_frames
-from vla2cli.media.records import Clip, FileState, Frames
+from vla2cli.media.records import Clip, ClipRequest, FileState, Frames, SoundRequest
+from vla2cli.media.sound import read_sound
 from vla2cli.preprocess import FrameGeometry, fit_frame
 
 _PR_SET_PDEATHSIG = 1
@@ -80,8 +81,38 @@ def _probe(request: dict[str, Any]) -> _Answer:
 def _clip(request: dict[str, Any]) -> _Answer:
     state = FileState(**request.pop("state"))
     wanted = wire.unpack_request(request)
-    start = time.perf_counter()
     kind = find_kind(wanted.path, wanted.kind)
+    if kind == "audio" and wanted.sound is not None:
+        clip = _hear(wanted, wanted.sound, state)
+    else:
+        clip = _see(wanted, kind, state)
+    return wire.pack_clip(clip)
+
+
+def _hear(wanted: ClipRequest, request: SoundRequest, state: FileState) -> Clip:
+    start = time.perf_counter()
+    check_file(wanted.path)
+    sound, flags = read_sound(wanted.path, request)
+    return Clip(
+        frames=None,
+        kind="audio",
+        indices=(),
+        timestamps_s=(),
+        num_total=0,
+        fps=0.0,
+        duration_s=sound.duration_s,
+        decoder="pyav",
+        flags=flags,
+        state=state,
+        timings_s={"read": time.perf_counter() - start, "preprocess": 0.0},
+        sound=sound,
+    )
+
+
+def _see(wanted: ClipRequest, kind: str, state: FileState) -> Clip:
+    if wanted.geometry is None:
+        raise ValueError("a request for frames needs their geometry")
+    start = time.perf_counter()
     frames = read_frames(
         wanted.path,
         kind,
@@ -89,11 +120,11 @@ def _clip(request: dict[str, Any]) -> _Answer:
         start_s=wanted.start_s,
         end_s=wanted.end_s,
         decoder=wanted.decoder,
+        sound=wanted.sound,
     )
     decoded = time.perf_counter()
     fitted = _fit_all(frames, wanted.geometry)
-    timings_s = {"read": decoded - start, "preprocess": time.perf_counter() - decoded}
-    clip = Clip(
+    return Clip(
         frames=fitted,
         kind=kind,
         indices=frames.indices,
@@ -104,9 +135,9 @@ def _clip(request: dict[str, Any]) -> _Answer:
         decoder=frames.decoder,
         flags=frames.flags,
         state=state,
-        timings_s=timings_s,
+        timings_s={"read": decoded - start, "preprocess": time.perf_counter() - decoded},
+        sound=frames.sound,
     )
-    return wire.pack_clip(clip)
 
 
 _OPERATIONS: dict[str, Callable[[dict[str, Any]], _Answer]] = {

@@ -220,12 +220,20 @@ def test_files_that_are_no_video_are_refused(tmp_path):
     assert failure(tmp_path / "text.mp4")[0] == "decode"
     assert failure(write_sound(tmp_path / "a.wav")) == (
         "no-video",
-        "this file has sound but no picture",
+        "this file has sound but no picture; --modality audio hears it",
     )
     path = write_video(tmp_path / "a.mp4")
     os.truncate(path, Path(path).stat().st_size // 2)
     assert failure(path) == ("decode", "cannot decode: moov atom not found")
     assert failure(tmp_path / "text.mp4", decoder="decord")[0] == "decode"
+
+
+def test_picture_of_an_unknown_codec_is_refused(tmp_path):
+    path = write_video(tmp_path / "a.mp4", num=5)
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data.replace(b"avc1", b"zzzz").replace(b"avcC", b"free"))
+    expected = "cannot decode: no decoder for the picture in this file"
+    assert failure(path) == ("decode", expected)
 
 
 def test_what_is_not_a_file_is_refused_without_opening_it(tmp_path, monkeypatch):
@@ -331,8 +339,8 @@ def test_unknown_words_are_a_callers_mistake(tmp_path):
     path = write_video(tmp_path / "a.mp4", num=2)
     with pytest.raises(ValueError, match="'opencv'"):
         read_frames(path, "video", num_frames=1, decoder="opencv")
-    with pytest.raises(ValueError, match="'sound'"):
-        read_frames(path, "sound", num_frames=1)
+    with pytest.raises(ValueError, match="'song'"):
+        read_frames(path, "song", num_frames=1)
 
 
 def test_seeking_is_used_where_it_is_exact(tmp_path, monkeypatch):

@@ -235,5 +235,5 @@ def test_interpreter_ends_with_an_open_pool(folder):
 def test_worker_loads_nothing_heavy():
     code = "import sys, json, vla2cli.media.worker; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-    heavy = {"torch", "transformers", "typer", "rich", "onnxruntime", "decord"}
+    heavy = {"torch", "torchaudio", "transformers", "typer", "rich", "onnxruntime", "decord"}
     assert not heavy & set(json.loads(done.stdout))
