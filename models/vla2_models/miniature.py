@@ -207,4 +207,5 @@ def _scale(name: str, weight: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    write_miniature(Path(sys.argv[1]))
+    for has_ears in (False, True):
+        write_miniature(Path(sys.argv[1]), has_ears=has_ears)

@@ -16,7 +16,7 @@ from typing import Any
 import av
 import numpy as np
 from av.audio.fifo import AudioFifo
-from av.audio.frame import AudioFrame
+from av.audio.frame import AudioFrame, format_dtypes
 from av.audio.resampler import AudioResampler
 from av.audio.stream import AudioStream
 from av.container import InputContainer
@@ -40,6 +40,7 @@ _NO_TRACK = "no-audio-track"
 _BLOCK = 16384  # samples resampled at once: the same sound at half the cost of frame by frame
 _FBANK_WINDOW_S = 0.025  # less sound than this fills no row
 _MAX_RATE = 1_536_000  # none is higher; a damaged head may say anything, and the FFT would take it
+_MAX_USUAL = 8  # channels for which there is a usual order; PyAV misreads more of them
 _LATE_S = 1.0  # a range's end may lie this far off in a track that begins before the picture
 # whose headers tell the length; others are guessed from the bit rate, or measured at the file's end
 _TRUE_LENGTHS = frozenset(
@@ -121,7 +122,7 @@ class Track:
         self.is_damaged = self.is_stopped = False
         self._samples = bytearray()
         self._setup: tuple[str, str, int] | None = None
-        self._resampler = AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
+        self._resampler = _new_resampler()
         self._fifo = AudioFifo()
 
     def feed(self, packet: "av.Packet[AudioStream]") -> None:
@@ -155,7 +156,10 @@ class Track:
         if setup != self._setup:
             self._flush()
             self._setup = setup
-        if " " in frame.layout.name:
+        if frame.layout.name.endswith(" channels"):
+            if frame.layout.nb_channels > _MAX_USUAL:
+                self.is_damaged = True
+                return
             frame = _with_usual_layout(frame)
         frame.pts = None  # gaps in the times are not filled, as ffmpeg does not
         self._fifo.write(frame)
@@ -166,7 +170,7 @@ class Track:
         if self._fifo.samples:
             self._resample(self._fifo.read())
         self._resample(None)
-        self._resampler = AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
+        self._resampler = _new_resampler()
         self._fifo = AudioFifo()
 
     def _resample(self, frame: AudioFrame | None) -> None:
@@ -176,6 +180,7 @@ class Track:
             raise
         except (av.error.FFmpegError, ValueError):
             self.is_damaged = True
+            self._resampler = _new_resampler()  # the old one is half set up
             return
         for part in made:
             if part is not None:  # what a resampler without work gives when it is flushed
@@ -237,7 +242,7 @@ def cut_track(
         return _silence(request, duration_s), flags
     bounds = request.window.clip_bounds(len(heard))
     waveform = np.zeros(request.window.num_samples, np.int16)
-    pieces = np.concatenate([heard[start:end] for start, end in bounds])
+    pieces = np.concatenate([heard[start:end] for start, end in bounds])[: len(waveform)]
     waveform[: len(pieces)] = pieces
     offset_s = begin_s + first / rate
     spans_s = tuple(
@@ -324,23 +329,22 @@ class _FileReader:
         duration_s = max(duration_s or 0.0, seen_s)
         return Sound(heard, spans_s, duration_s), (_SHORT,) if is_short else ()
 
-    def _take(self, frame: AudioFrame) -> bool:
+    def _take(self, frame: AudioFrame) -> None:
         if not self.rate:
             self._begin(frame)
         if frame.sample_rate != self.rate:
             # what follows is another recording: end here, and say so
             self.is_damaged = self.is_at_end = True
             self.last = min(self.last, self.num_seen)
-            return True
+            return
         if self._is_full():
-            return True
+            return
         self.is_damaged |= frame.is_corrupt
         skipped = max(self.first - self.num_seen, 0)
         wanted = self.last - self.num_seen
         if skipped < min(frame.samples, wanted):
             self.parts.append(_first_channel(frame)[skipped:wanted])
         self.num_seen += frame.samples
-        return self._is_full()
 
     def _begin(self, frame: AudioFrame) -> None:
         self.rate = frame.sample_rate
@@ -397,6 +401,10 @@ def _drain(stream: AudioStream) -> list[AudioFrame]:
     return []
 
 
+def _new_resampler() -> AudioResampler:
+    return AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
+
+
 def _with_usual_layout(frame: AudioFrame) -> AudioFrame:
     # "6 channels" in no known order: ffmpeg takes the usual one of that number
     layout = f"{frame.layout.nb_channels}c"
@@ -406,13 +414,17 @@ def _with_usual_layout(frame: AudioFrame) -> AudioFrame:
 
 
 def _first_channel(frame: AudioFrame) -> NDArray[np.float64]:
-    values: NDArray[Any] = frame.to_ndarray()
-    channel = values[0] if frame.format.is_planar else values[0, :: frame.layout.nb_channels]
-    floats = channel.astype(np.float64)
-    if values.dtype == np.uint8:
+    if frame.format.name not in format_dtypes:
+        raise undecodable(f"samples of type '{frame.format.name}' are not known")
+    # not frame.to_ndarray(): with more than 8 planes PyAV 18 reads beyond the last one
+    dtype = np.dtype(format_dtypes[frame.format.name])
+    step = 1 if frame.format.is_planar else frame.layout.nb_channels
+    plane: NDArray[Any] = np.frombuffer(bytes(frame.planes[0]), dtype, frame.samples * step)
+    floats = plane[::step].astype(np.float64)
+    if dtype == np.uint8:
         return (floats - 128) / 128
-    if np.issubdtype(values.dtype, np.integer):
-        return floats / 2.0 ** (8 * values.dtype.itemsize - 1)
+    if np.issubdtype(dtype, np.integer):
+        return floats / 2.0 ** (8 * dtype.itemsize - 1)
     return floats
 
 

@@ -2,9 +2,7 @@
 
 import json
 import os
-import struct
 import sys
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -13,6 +11,17 @@ import pytest
 from safetensors import safe_open
 
 from tests.goldens import golden_audio, media
+from tests.sounds import (
+    RATE,
+    level_at,
+    patch_codec,
+    s16,
+    spoil,
+    tone,
+    write_media,
+    write_movie,
+    write_wav,
+)
 from vla2_models.sound import SoundWindow
 from vla2cli.errors import InputError
 from vla2cli.media.frames import find_kind, probe, read_frames
@@ -25,87 +34,6 @@ WINDOW = SoundWindow()
 REQUEST = SoundRequest(WINDOW, is_required=True)
 OPTIONAL = SoundRequest(WINDOW, is_required=False)
 GEOMETRY = FrameGeometry(28, 28, None, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-RATE = 16000
-
-
-def tone(hertz, seconds, rate=RATE, level=0.5):
-    return level * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
-
-
-def level_at(samples, hertz, rate=RATE):
-    """The amplitude of one frequency, by projection on it."""
-    phase = np.exp(-2j * np.pi * hertz * np.arange(len(samples)) / rate)
-    return 2 * abs(phase @ samples) / len(samples)
-
-
-def write_wav(path, channels, rate=RATE, kind="s16"):
-    """Write a plain RIFF file; values are integers of the kind, or floats."""
-    tag, bits = {"u8": (1, 8), "s16": (1, 16), "s24": (1, 24), "s32": (1, 32), "f32": (3, 32)}[kind]
-    values = np.stack(channels, axis=1)
-    if kind == "f32":
-        data = values.astype("<f4").tobytes()
-    else:
-        wide = values.astype("<i4")
-        data = np.ascontiguousarray(wide[..., None].view(np.uint8)[..., : bits // 8]).tobytes()
-    num = len(channels)
-    head = struct.pack("<HHIIHH", tag, num, rate, rate * num * bits // 8, num * bits // 8, bits)
-    body = b"WAVEfmt " + struct.pack("<I", len(head)) + head
-    body += b"data" + struct.pack("<I", len(data)) + data
-    Path(path).write_bytes(b"RIFF" + struct.pack("<I", len(body)) + body)
-    return str(path)
-
-
-def s16(samples):
-    return np.round(np.asarray(samples) * 32767).astype(np.int16)
-
-
-LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1"}
-
-
-def write_media(path, *tracks, picture_s=None, **kwargs):
-    """Write a file of tracks: codec, channels, rate, and if need be start_s and disposition."""
-    with av.open(str(path), "w", **kwargs) as container:
-        pictures = []
-        if picture_s is not None:
-            picture = container.add_stream(
-                "libvpx" if str(path).endswith("webm") else "libx264", rate=25
-            )
-            picture.width, picture.height, picture.pix_fmt = 64, 48, "yuv420p"
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 90, np.uint8), format="rgb24")
-            pictures = [(picture, frame)]
-        streams = []
-        for codec, channels, rate, *more in tracks:
-            layout = LAYOUTS[len(channels)]
-            stream = container.add_stream(codec, rate=rate, layout=layout)
-            if len(more) > 1:
-                stream.disposition = more[1]
-            if codec == "wmav2":
-                stream.bit_rate = 128_000  # it knows no default
-            streams.append((stream, channels, rate, more[0] if more else 0.0))
-        packets = []
-        for stream, frame in pictures:
-            for i in range(round(picture_s * 25)):
-                frame.pts, frame.time_base = i, Fraction(1, 25)
-                packets += stream.encode(frame)
-            packets += stream.encode()
-        for stream, channels, rate, start_s in streams:
-            planar = np.stack(channels).astype(np.float32)
-            layout = LAYOUTS[len(channels)]
-            first = round(start_s * rate)
-            for i in range(0, planar.shape[1], rate):
-                frame = av.AudioFrame.from_ndarray(
-                    np.ascontiguousarray(planar[:, i : i + rate]), "fltp", layout
-                )
-                frame.sample_rate, frame.time_base = rate, Fraction(1, rate)
-                frame.pts = first + i
-                packets += stream.encode(frame)
-            packets += stream.encode()
-        container.mux(sorted(packets, key=lambda p: float(p.dts * p.time_base)))
-    return str(path)
-
-
-def write_movie(path, *tracks, picture_s=2.0, **kwargs):
-    return write_media(path, *tracks, picture_s=picture_s, **kwargs)
 
 
 def hear(path, request=REQUEST, **kwargs):
@@ -284,6 +212,14 @@ def test_six_channels_without_an_order_are_taken_in_the_usual_one(tmp_path):
     np.testing.assert_allclose(levels(sound.waveform[:RATE] / 2**15), 0.8 * MIX, atol=4e-3)
 
 
+def test_more_channels_than_have_a_usual_order(tmp_path):
+    path = write_wav(tmp_path / "a.wav", [s16(tone(100 * (i + 1), 1)) for i in range(12)])
+    sound, flags = read_sound(path, REQUEST)
+    assert np.array_equal(sound.waveform[:RATE], s16(tone(100, 1)) / 2**15)
+    assert flags == ()
+    assert read_track(path, OPTIONAL, 0.0) == (None, ("no-audio-track",))
+
+
 # odd lengths and damage
 
 
@@ -297,17 +233,6 @@ def test_eleven_milliseconds_are_short(tmp_path):
     sound, flags = read_track(path, REQUEST, 0.0)
     assert flags == ("short-audio",)
     assert np.array_equal(sound.waveform[: 8 * len(samples)], np.tile(samples, 8))
-
-
-def spoil(path, first, last, fill=0xFF):
-    """Overwrite the packets of the sound from the `first` to before the `last`."""
-    with av.open(path) as container:
-        packets = [(p.pos, p.size) for p in container.demux(audio=0) if p.size]
-    with Path(path).open("r+b") as file:
-        for pos, size in packets[first:last]:
-            file.seek(pos)
-            file.write(bytes([fill]) * size)
-    return len(packets)
 
 
 def test_damaged_packets_in_the_middle_cost_only_themselves(tmp_path):
@@ -428,12 +353,6 @@ def test_track_is_chosen_as_ffmpeg_chooses(tmp_path, dispositions, numbers, expe
         found = [level_at(sound.waveform[:RATE] / scale, hertz) for hertz in (400, 1000)]
         assert found[expected] == pytest.approx(0.5, abs=1e-3)
         assert found[1 - expected] < 1e-3
-
-
-def patch_codec(path):
-    data = Path(path).read_bytes()
-    assert data.count(b"mp4a") >= 1
-    Path(path).write_bytes(data.replace(b"mp4a", b"zzzz").replace(b"esds", b"free"))
 
 
 def test_unreadable_track_counts_as_none(tmp_path):
@@ -742,3 +661,13 @@ def test_sound_arrives_through_the_pool(tmp_path):
             assert caught.value.kind in ("decode", "no-audio", "no-video")
         (pid,) = pool.worker_pids()
         assert not {"libtorch", "libtorchaudio"} & set(loaded_libraries(pid))
+
+
+def test_clips_that_fill_the_window_to_the_last_sample(tmp_path):
+    # three clips of a length that no sample count is a multiple of, one after the other
+    window = SoundWindow(duration_s=1.0, num_clips=3, clip_s=1 / 3)
+    path = write_wav(tmp_path / "a.wav", [np.full(7 * RATE, 99, np.int16)])
+    for seconds in (0.2, 1.0, 6.9):
+        request = SoundRequest(window, is_required=True, start_s=0.0, end_s=seconds)
+        sound, _ = read_track(path, request, 7.0)
+        assert len(sound.waveform) == RATE
