@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .beats import BIAS_NAME, MAX_DISTANCE, BEATs, BEATsDesign, read_design
+from .beats import BEATs
+from .beats_design import BIAS_NAME, MAX_DISTANCE, BEATsDesign, read_design
 from .errors import CheckpointError
 from .tensors import open_tensors, read_parts
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from .beats import BEATsDesign, read_design
+from .beats_design import BEATsDesign, read_design
 from .config import (
     LANGUAGE_CONFIGS,
     CheckpointConfig,

@@ -22,7 +22,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from .beats import BEATsDesign, is_audio_projector_type
+from .beats import is_audio_projector_type
+from .beats_design import BEATsDesign
 from .connectors import PROJECTOR_TYPES
 from .errors import CheckpointError, one_line
 from .files import is_positive, read_json

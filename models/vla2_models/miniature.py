@@ -17,7 +17,7 @@ import torch
 from sentencepiece import SentencePieceTrainer
 from torch import Tensor
 
-from .beats import BEATsDesign
+from .beats_design import BEATsDesign
 from .config import DEMO_KEY, read_audio, read_config
 from .loading import build_empty
 from .saving import save_weights

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from .beats import BIAS_NAME
+from .beats_design import BIAS_NAME
 
 TOWER_PREFIX = "model.vision_tower.vision_tower.vision_model."
 CONNECTOR_PREFIX = "model.mm_projector."

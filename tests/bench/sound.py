@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from vla2_models.beats import BEATs, BEATsDesign
+from vla2_models.beats import BEATs
+from vla2_models.beats_design import BEATsDesign
 from vla2_models.sound import SAMPLE_RATE, SoundWindow
 from vla2cli.inputs import Item
 from vla2cli.media.pool import DecodePool

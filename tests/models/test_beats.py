@@ -13,15 +13,13 @@ from safetensors.torch import load_file
 
 from tests.goldens import golden_audio, spec
 from vla2_models.beats import (
-    BIAS_NAME,
     BEATs,
-    BEATsDesign,
     build_audio_projector,
     find_buckets,
     is_audio_projector_type,
     position_bias,
-    read_design,
 )
+from vla2_models.beats_design import BIAS_NAME, BEATsDesign, read_design
 from vla2_models.beats_file import load_beats
 from vla2_models.errors import CheckpointError
 

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.goldens import golden_audio
-from vla2_models.beats import BIAS_NAME, BEATs, BEATsDesign
+from vla2_models.beats import BEATs
+from vla2_models.beats_design import BIAS_NAME, BEATsDesign
 from vla2_models.beats_file import PREFIX, load_beats
 from vla2_models.errors import CheckpointError
 

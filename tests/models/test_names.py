@@ -8,7 +8,7 @@ import torch
 
 from tests.goldens import spec
 from tests.tiny import tiny_engine, write_json
-from vla2_models.beats import read_design
+from vla2_models.beats_design import read_design
 from vla2_models.config import read_audio, read_config
 from vla2_models.loading import build_empty
 from vla2_models.names import AUDIO_TOWER_PREFIX, find_places, public_name
