@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vla2cli.config import GenerationChoice
 from vla2cli.engine import Engine
-from vla2cli.features import is_missing, make_folder, parse_tensors, run_features
+from vla2cli.features import check_tensors, is_missing, make_folder, parse_tensors, run_features
 from vla2cli.inputs import find_items
 from vla2cli.jobs import Job
 from vla2cli.ledger import Ledger, Record
@@ -123,6 +123,7 @@ def features(
     if "generated_ids" not in names:  # nothing is generated, so nothing depends on how
         generation = None
     task = Task("features", ((question,),) if question else (), {"tensors": list(names)})
+    check_tensors(names, engine, _sampling(engine, sampling))
     with ExitStack() as stack:
         output = make_folder(folder)
         job = _open_job(stack, engine, task, sampling, generation, 1, output)
@@ -139,12 +140,16 @@ def _open_job(
     batch: int,
     output: StrPath | None,
 ) -> Job:
-    sampling = sampling or Sampling(engine.checkpoint.config.num_frames)
+    sampling = _sampling(engine, sampling)
     engine.check_sampling(sampling)
     settings = engine.settings(generation or GenerationChoice())
     ledger = stack.enter_context(Ledger.open(output)) if output is not None else None
     pool = stack.enter_context(DecodePool(default_num_workers()))
     return Job(engine, task, sampling, settings, pool, ledger, batch=batch)
+
+
+def _sampling(engine: Engine, sampling: Sampling | None) -> Sampling:
+    return sampling or Sampling(engine.checkpoint.config.num_frames)
 
 
 def _todo(

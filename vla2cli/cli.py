@@ -258,7 +258,14 @@ def features(
     """Write what the networks make of every file, as safetensors."""
     options = RunOptions.of(locals())
     options.check()
-    from vla2cli.features import LEDGER_NAME, is_missing, make_folder, parse_tensors, run_features
+    from vla2cli.features import (
+        LEDGER_NAME,
+        check_tensors,
+        is_missing,
+        make_folder,
+        parse_tensors,
+        run_features,
+    )
 
     names = parse_tensors(tensors)
     if options.ledger_path is None:
@@ -275,6 +282,7 @@ def features(
         options,
         run=lambda job, works, stop: run_features(job, works, folder, names, should_stop=stop),
         is_missing=lambda work, job: is_missing(work, job, folder),
+        check=lambda engine, sampling: check_tensors(names, engine, sampling),
         ledger_path=str(folder / LEDGER_NAME) if folder.is_dir() else None,
     )
     raise typer.Exit(code)

@@ -16,7 +16,7 @@ from vla2cli.inputs import Item
 from vla2cli.jobs import Job, in_parts
 from vla2cli.ledger import Record
 from vla2cli.media.records import Clip
-from vla2cli.plan import Work
+from vla2cli.plan import Sampling, Work
 from vla2cli.record import clip_fields, error_field, make_record
 
 if TYPE_CHECKING:
@@ -69,11 +69,27 @@ def parse_tensors(names: str | None) -> tuple[str, ...]:
     return tuple(name for name in TENSORS if name in wanted)
 
 
+def check_tensors(names: tuple[str, ...], engine: Engine, sampling: Sampling) -> None:
+    """Refuse names of which no file can have any.
+
+    Raises:
+        UsageError: only pictures or only sound is wanted, and the other is looked at or heard.
+    """
+    made = set(PROMPT)
+    if sampling.modality != "audio":
+        made |= set(VISUAL)
+    if engine.has_ears and sampling.modality in ("auto", "audio", "av"):
+        made |= set(AUDIO)
+    if not made & set(names):
+        why = f"--modality {sampling.modality}" if engine.has_ears else "a model without ears"
+        raise UsageError(f"'--tensors {','.join(names)}': {why} makes none of them")
+
+
 def feature_path(folder: Path, job: Job, item: Item, question: str) -> Path:
     """Return where the tensors of one record go, another place for each key; inside `folder`.
 
     `a/1.mp4.safetensors`, or `a/1.mp4@2-6.5.safetensors` for a range; a question of the user's
-    adds `~` and eight digits of its hash.
+    adds `~` and eight digits of its hash. A video that is only listened to adds `~audio`.
     """
     *parents, name = (part if part != ".." else "%2E%2E" for part in item.id.split("/"))
     segment = job.sampling.segment_of(item)
@@ -81,6 +97,8 @@ def feature_path(folder: Path, job: Job, item: Item, question: str) -> Path:
         # all digits: two ranges that differ in milliseconds are two files
         start, end = ("" if t is None else str(t).removesuffix(".0") for t in segment.values())
         name += f"@{start}-{end}"
+    if item.kind == "video" and job.sampling.medium_of(item) == "audio":
+        name += "~audio"
     if job.task.conversations:
         name += f"~{_digest(question)[:8]}"
     if len(os.fsencode(name)) > LONGEST_NAME:
@@ -126,14 +144,7 @@ def run_features(
         folder: where the files go.
         names: any of `TENSORS`.
         should_stop: asked between clips.
-
-    Raises:
-        UsageError: only tensors of sound are wanted, and the model has no ears.
     """
-    if set(names) <= set(AUDIO) and not job.engine.has_ears:
-        raise UsageError(
-            f"'--tensors {','.join(names)}': the model has no audio branch, which would make them"
-        )
     for outcomes in job.clips(works, should_stop=should_stop):
         for work, found in outcomes:
             if should_stop():

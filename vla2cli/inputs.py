@@ -256,8 +256,9 @@ def _identify(search: _Search, modality: str) -> Found:
     roots = list(search.roots.values())
     prefixes = _name_roots(roots) if len(roots) > 1 else {id(roots[0]): ""}
     paths: dict[str, str] = {}
+    named = {os.path.realpath(hit.path) for hit in search.hits if hit.is_named}
     items = []
-    for root, relative, path, kind, is_named in search.hits:
+    for root, relative, path, kind, _ in search.hits:
         plain = prefixes[id(root)] + encode_name(relative)
         item_id, number = plain, 1
         while item_id in paths and os.path.realpath(paths[item_id]) != os.path.realpath(path):
@@ -267,7 +268,8 @@ def _identify(search: _Search, modality: str) -> Found:
             continue
         paths[item_id] = path
         root.counts[kind] += 1
-        is_heard = is_named and (modality, kind) == ("audio", "video")
+        # also where its folder was named before it
+        is_heard = (modality, kind) == ("audio", "video") and os.path.realpath(path) in named
         if kind in kept or kind == "unknown" or is_heard:
             items.append(Item(item_id, path, kind))
         else:

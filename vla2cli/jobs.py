@@ -212,8 +212,7 @@ class Job:
             case _:
                 num_frames, decoder = self.sampling.num_frames, self.sampling.decoder
         fields = generation_fields(self.settings, num_frames, decoder)
-        if self.sampling.is_heard(item, self.engine.sound_window):
-            fields["generation"] |= self.sampling.sound_fields(item)
+        fields["generation"] |= self.sampling.sound_fields(item, self.engine.sound_window)
         fields["generation"] |= self.task.options
         return fields
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
+from vla2_models.public import WITH_EARS
 from vla2_models.sound import SoundWindow
-from vla2cli.errors import InputError, UsageError
+from vla2cli.errors import InputError, NoInputError, UsageError
 from vla2cli.inputs import Item, Kind, encode_name
 from vla2cli.ledger import Entry, Key, is_current, key_of
 from vla2cli.media.pool import DecodePool
@@ -18,6 +19,7 @@ from vla2cli.media.sampling import MAX_FRAMES
 from vla2cli.preprocess import FrameGeometry
 
 DEFAULT_PROMPT = "Please describe the {medium} in detail."
+NO_EARS = f"this model has no audio branch; --modality audio needs {WITH_EARS}"
 AUDIO_RANGES = ("same", "whole")
 # modality -> kinds of files that it is about; find_items leaves videos out of folders for `audio`
 KINDS_OF: Mapping[str, frozenset[Kind]] = {
@@ -109,11 +111,20 @@ class Sampling:
             return None
         return {"start_s": start_s, "end_s": end_s}
 
-    def sound_fields(self, item: Item) -> dict[str, Any]:
+    def sound_fields(self, item: Item, window: SoundWindow | None) -> dict[str, Any]:
         """Describe for a record's `generation` what decides which sound is heard."""
+        if window is None or not self.is_heard(item, window):
+            return {}
+        # what the public checkpoints do, or what nobody asked for, needs no words
+        fields: dict[str, Any] = {}
+        if window != SoundWindow():
+            fields["sound_window"] = asdict(window)
         if self.medium_of(item) == "audio":
-            return {"audio_start_s": self.audio_start_s}
-        return {"modality": self.modality, "audio_range": self.audio_range}
+            start_s, _ = self._sound_range()
+            return {**fields, "audio_start_s": self.audio_start_s or start_s or 0.0}
+        if self.segment_of(item):
+            fields["audio_range"] = self.audio_range
+        return {**fields, "modality": self.modality}
 
     def request(
         self, item: Item, geometry: FrameGeometry, window: SoundWindow | None
@@ -203,10 +214,17 @@ def usable_items(
         modality: as the flag.
         has_ears: of the model. To one without, a nameless file of sound is a video that lacks its
             picture, so that it gets an error record, and a file that is called sound is left out.
+
+    Raises:
+        NoInputError: nothing is left.
     """
     kinds = KINDS_OF[modality] - (set() if has_ears else {"audio"})
-    settled = _settle_kinds(items, pool, has_ears=has_ears)
-    return [item for item in settled if item.kind in kinds]
+    usable = [i for i in _settle_kinds(items, pool, has_ears=has_ears) if i.kind in kinds]
+    if not usable:
+        if modality == "auto" and not has_ears:
+            raise NoInputError(f"only audio files were found; {NO_EARS}")
+        raise NoInputError(f"nothing of what was found is of --modality {modality}")
+    return usable
 
 
 def _settle_kinds(items: Sequence[Item], pool: DecodePool, *, has_ears: bool) -> list[Item]:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
-from vla2_models.public import WITH_EARS
 from vla2cli.console import (
     Console,
     count,
@@ -21,13 +20,13 @@ from vla2cli.console import (
     print_data,
     print_text,
 )
-from vla2cli.errors import InputError, NoInputError, UsageError
+from vla2cli.errors import InputError, UsageError
 from vla2cli.inputs import Found, Item, Note, find_items
 from vla2cli.jobs import Job, Totals
 from vla2cli.ledger import Ledger, Record, check_output, read_index
 from vla2cli.media.pool import DecodePool, Probe, default_num_workers
 from vla2cli.options import RunOptions
-from vla2cli.plan import Plan, Task, Work, count_records, outcome, usable_items
+from vla2cli.plan import NO_EARS, Plan, Sampling, Task, Work, count_records, outcome, usable_items
 from vla2cli.stop import Stop
 
 if TYPE_CHECKING:
@@ -41,8 +40,6 @@ LONG_BYTES = 1e9  # reading more takes seconds: say so
 NOUNS = {"caption": "caption", "ask": "answer", "features": "feature file"}
 PUBLIC_MODELS = ("DAMO-NLP-SG/VideoLLaMA2-7B", "DAMO-NLP-SG/VideoLLaMA2-7B-16F")
 
-NO_EARS = f"this model has no audio branch; --modality audio needs {WITH_EARS}"
-
 RunRecords = Callable[[Job, Sequence[Work], Callable[[], bool]], Iterator[Record]]
 
 
@@ -53,6 +50,7 @@ def run_batch(
     *,
     run: RunRecords = lambda job, works, should_stop: job.run(works, should_stop=should_stop),
     is_missing: Callable[[Work, Job], bool] = lambda work, job: False,
+    check: Callable[[Engine, Sampling], None] = lambda engine, sampling: None,
     ledger_path: str | None = None,
 ) -> int:
     """Do a task over what the paths hold.
@@ -63,6 +61,7 @@ def run_batch(
         options: its flags, checked.
         run: makes the records; by default `Job.run`.
         is_missing: whether a work that the ledger calls done has to be done again.
+        check: refuses what the task cannot ask of the model.
         ledger_path: where records go; None for stdout.
 
     Returns:
@@ -77,6 +76,8 @@ def run_batch(
         if ledger_path is not None:
             check_output(ledger_path)
         engine = engine or open_engine(options, console)
+        sampling = options.sampling(engine.checkpoint.config.num_frames)
+        check(engine, sampling)
         _note_found(found, options.modality, engine.has_ears, console)
         pool = stack.enter_context(
             DecodePool(
@@ -86,13 +87,10 @@ def run_batch(
             )
         )
         items = usable_items(found.items, pool, options.modality, has_ears=engine.has_ears)
-        if not items:
-            raise NoInputError(_describe_unusable(options.modality, engine.has_ears))
         ledger = None
         if ledger_path is not None and not options.dry_run:
             ledger = stack.enter_context(Ledger.open(ledger_path, force=options.force))
             _note_repairs(ledger, ledger_path, console)
-        sampling = options.sampling(engine.checkpoint.config.num_frames)
         settings = engine.settings(options.generation)
         job = Job(engine, task, sampling, settings, pool, ledger, batch=options.batch)
         _note_hashing(engine, console)
@@ -158,12 +156,6 @@ def _describe_note(note: Note, modality: str, has_ears: bool) -> str:
     elif note.skipped:
         parts.append(f"{note.skipped:,} skipped (--modality {modality})")
     return ", ".join(parts) or f"no video, image or sound (looked at {note.looked_at:,} files)"
-
-
-def _describe_unusable(modality: str, has_ears: bool) -> str:
-    if modality == "auto" and not has_ears:
-        return f"only audio files were found ({NO_EARS})"
-    return f"nothing of what was found is of --modality {modality}"
 
 
 def _note_hashing(engine: Engine, console: Console) -> None:
@@ -268,7 +260,8 @@ def _preview_fields(job: Job, item: Item, found: Probe) -> dict[str, Any]:
     medium = job.sampling.medium_of(item)
     if medium == "image":
         return {"frames": 1}
-    fields: dict[str, Any] = {"duration_s": round(found.duration_s, 3)}
+    # some heads of sound files do not tell
+    fields: dict[str, Any] = {"duration_s": round(found.duration_s, 3) or None}
     if medium == "video":
         fields = {"frames": job.sampling.num_frames, **fields}
     if job.sampling.is_heard(item, job.engine.sound_window):

@@ -174,7 +174,13 @@ def claim_tensors(checkpoint: Checkpoint, model: VideoLLaMA2) -> list[Claim]:
         raise CheckpointError(_missing(checkpoint.folder, missing, wanted))
     if checkpoint.adapter is not None:
         _check_adapter(checkpoint.adapter, model)
-    return list(claims.values())
+    # copies of a table count only beside the table itself: a layer above may have trained it on
+    tables = {places[key].parameter: c for key, c in claims.items() if not places[key].is_copy}
+    return [
+        claim
+        for key, claim in claims.items()
+        if claim.path.parent == tables[places[key].parameter].path.parent or not places[key].is_copy
+    ]
 
 
 class _Weights:

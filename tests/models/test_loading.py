@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tests.tiny import (
     write_tensors,
     write_tiny,
 )
-from vla2_models.checkpoint import open_checkpoint
+from vla2_models.checkpoint import Layer, open_checkpoint
 from vla2_models.errors import CheckpointError
 from vla2_models.hub import Source
 from vla2_models.loading import build_empty, check_weights, claim_tensors, load_model
@@ -421,3 +422,17 @@ def test_every_kind_of_audio_projector_loads(tmp_path, kind):
     weights = [name for name in model.mm_projector_a.state_dict() if name.endswith("weight")]
     assert len(weights) == num_linear
     assert model.project_sound(torch.zeros(1, 5, 32)).shape == (1, 5, 32)
+
+
+def test_copies_below_a_table_that_was_trained_on_do_not_count(ears, tmp_path):
+    table = read_tensors(ears)[BIAS.format(0)] + 1
+    folder = tmp_path / "above"
+    folder.mkdir()
+    write_tensors(folder, {BIAS.format(0): table})
+    below = open_tiny(ears)
+    above = Layer((folder / "model.safetensors",), {"": ""}, is_own=True)
+    model = load_model(replace(below, layers=(above, *below.layers)))
+    found = model.audio_tower.encoder.get_parameter(
+        "layers.0.self_attn.relative_attention_bias.weight"
+    )
+    assert torch.equal(found, table)

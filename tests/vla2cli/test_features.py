@@ -1,16 +1,25 @@
 """Tensors as files: one place for each key, whole or not there."""
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.tiny import tiny_engine
+from tests.sounds import tone, write_movie
+from tests.tiny import tiny_av_engine, tiny_engine
 from vla2cli.api import features
 from vla2cli.config import GenerationChoice
 from vla2cli.errors import UsageError
-from vla2cli.features import DEFAULT_TENSORS, LEDGER_NAME, TENSORS, VISUAL, parse_tensors
+from vla2cli.features import (
+    DEFAULT_TENSORS,
+    LEDGER_NAME,
+    TENSORS,
+    VISUAL,
+    check_tensors,
+    parse_tensors,
+)
 from vla2cli.ledger import read_records
 from vla2cli.plan import Sampling
 
@@ -104,3 +113,34 @@ def test_tensors_come_in_the_order_of_the_stages():
     assert parse_tensors("all") == tuple(TENSORS)
     with pytest.raises(UsageError, match="'--tensors logits': expected all, or any of frame_ind"):
         parse_tensors("pixel_values,logits")
+
+
+@pytest.mark.parametrize(
+    ("names", "modality", "has_ears", "is_refused"),
+    [
+        (("fbank",), "auto", False, True),
+        (("fbank",), "video", True, True),
+        (("fbank",), "av", True, False),
+        (("vision_features",), "audio", True, True),
+        (("fbank", "vision_features"), "audio", True, False),
+        (("input_ids",), "auto", False, False),
+    ],
+)
+def test_tensors_that_no_file_can_have_are_refused(names, modality, has_ears, is_refused):
+    engine = tiny_av_engine() if has_ears else tiny_engine()
+    with pytest.raises(UsageError, match="makes none of them") if is_refused else nullcontext():
+        check_tensors(names, engine, Sampling(8, modality=modality))
+
+
+def test_video_that_is_only_heard_has_a_file_of_its_own(tmp_path):
+    video = write_movie(tmp_path / "a.mp4", ("aac", [tone(440, 2)], 16000))
+    engine, out = tiny_av_engine(), tmp_path / "out"
+    seen, heard = (
+        next(features(video, engine, out, sampling=Sampling(8, modality=modality)))
+        for modality in ("auto", "audio")
+    )
+    assert seen["file"] != heard["file"]
+    for record in (seen, heard):
+        assert set(load_file(out / record["file"])) == set(record["tensors"])
+    assert set(heard["tensors"]) == {"beats_features", "audio_tokens"}
+    assert list(features(video, engine, out, sampling=Sampling(8))) == []

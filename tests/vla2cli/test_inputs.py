@@ -375,3 +375,15 @@ def test_nothing_of_the_wanted_kind_is_no_input() -> None:
     with pytest.raises(NoInputError) as caught:
         find_items(["a", "b/2.mp4"], modality="image")
     assert str(caught.value) == "'a', 'b/2.mp4' hold no image (looked at 2 files)"
+
+
+def test_audio_keeps_videos_that_are_named_themselves(tmp_path):
+    for name in ("a.mp4", "b.mp4", "c.wav"):
+        (tmp_path / name).touch()
+    folder, video = str(tmp_path), str(tmp_path / "a.mp4")
+    for arguments in ([folder, video], [video, folder]):
+        found = find_items(arguments, modality="audio")
+        assert sorted(item.id.rpartition("/")[2] for item in found.items) == ["a.mp4", "c.wav"]
+    (tmp_path / "c.wav").unlink()
+    with pytest.raises(NoInputError, match="; name a video itself"):
+        find_items([folder], modality="audio")

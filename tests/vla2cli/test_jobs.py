@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import tiny_engine, tiny_hub, write_tiny
+from vla2_models.sound import SoundWindow
 from vla2cli.config import GenerationChoice
 from vla2cli.engine import Engine
-from vla2cli.errors import InputError, ModelError, UsageError
+from vla2cli.errors import InputError, ModelError, NoInputError, UsageError
 from vla2cli.inputs import Item, find_items
 from vla2cli.jobs import Job, Totals, decode_ahead, in_parts
 from vla2cli.ledger import Ledger, read_records
@@ -366,6 +367,33 @@ def test_segment_is_null_for_pictures_and_whole_files():
     part = Sampling(8, start_s=1.0)
     assert part.segment_of(video) == {"start_s": 1.0, "end_s": None}
     assert part.segment_of(image) is None
+
+
+def test_generation_holds_what_decides_the_sound_and_nothing_else():
+    video, song, image = (Item(kind, kind, kind) for kind in ("video", "audio", "image"))
+    public, short = SoundWindow(), SoundWindow(4.0, 1, 4.0)
+
+    def fields(item, window=public, **sampling):
+        return Sampling(8, **sampling).sound_fields(item, window)
+
+    assert fields(video) == {"modality": "auto"}
+    assert fields(video, modality="av") == {"modality": "av"}
+    assert fields(video, audio_range="whole") == fields(video)
+    assert fields(video, end_s=2.0, audio_range="whole") != fields(video, end_s=2.0)
+    assert fields(song) == fields(song, audio_start_s=0.0) == {"audio_start_s": 0.0}
+    assert fields(song, start_s=3.0) == fields(song, start_s=3.0, audio_start_s=3.0)
+    assert fields(video, modality="audio") == fields(song)
+    assert fields(image) == fields(video, modality="video") == fields(video, None) == {}
+    window = {"duration_s": 4.0, "num_clips": 1, "clip_s": 4.0}
+    assert fields(song, short)["sound_window"] == window
+
+
+def test_nothing_usable_is_said(pool):
+    song, video = Item("a.wav", "a.wav", "audio"), Item("b.mp4", "b.mp4", "video")
+    with pytest.raises(NoInputError, match="only audio files were found; this model has no audio"):
+        usable_items([song], pool, "auto", has_ears=False)
+    assert usable_items([song, video], pool, "auto", has_ears=False) == [video]
+    assert usable_items([song, video], pool, "auto", has_ears=True) == [song, video]
 
 
 def test_kinds_that_names_do_not_tell_are_looked_up(pool, tmp_path):

@@ -44,7 +44,7 @@ class EagerFrontend:
     @torch.inference_mode()
     def audio_features(self, fbank: Tensor) -> Tensor:
         """Run the audio tower on a (1, R, 128) bfloat16 fbank: (1, num_tokens, C) features."""
-        return self.model.encode_sound(fbank.to(self.model.device))
+        return self.model.encode_sound(fbank)
 
     @torch.inference_mode()
     def audio_tokens(self, features: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ _SHORT = "short-audio"
 _NO_TRACK = "no-audio-track"
 _BLOCK = 16384  # samples resampled at once: the same sound at half the cost of frame by frame
 _FBANK_WINDOW_S = 0.025  # less sound than this fills no row
-_MAX_RATE = 1_536_000  # none is higher; a damaged head may say anything, and the FFT would take it
+_MAX_RATE = 768_000  # a damaged head may say anything, and the FFT would take hours and memory
 _MAX_USUAL = 8  # channels for which there is a usual order; PyAV misreads more of them
 _LATE_S = 1.0  # a range's end may lie this far off in a track that begins before the picture
 # whose headers tell the length; others are guessed from the bit rate, or measured at the file's end
@@ -131,10 +131,10 @@ class Track:
             return
         frames, is_whole = _decode(self.stream, packet)
         self.is_damaged |= not is_whole
+        last_s = frames[-1].time if frames else None  # taking a frame takes its time away
         for frame in frames:
             self._take(frame)
-        if frames and frames[-1].time is not None and frames[-1].time > self.until_s:
-            self.is_stopped = True
+        self.is_stopped = last_s is not None and last_s > self.until_s
 
     def finish(self) -> None:
         """Take what the decoder and the resampler still hold."""
@@ -324,6 +324,9 @@ class _FileReader:
         if rate != SAMPLE_RATE:
             # the order of these operations is upstream's: their rounding may add a sample
             heard = resample_fft(heard, math.ceil(len(heard) * (SAMPLE_RATE / rate)))
+        # whole samples of an odd rate may be a little less than the window
+        missing = max(self.window.num_samples - len(heard), 0)
+        heard = np.pad(heard, (0, missing))
         start_s = self.begin_s + self.first / rate
         spans_s = ((start_s, start_s + num_heard / rate),)
         duration_s = max(duration_s or 0.0, seen_s)

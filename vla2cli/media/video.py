@@ -118,7 +118,7 @@ def _require_picture(container: InputContainer) -> VideoStream:
         return stream
     message = "no video stream in this file"
     if find_sound(container) is not None:
-        message = "this file has sound but no picture; --modality audio hears it"
+        message = "this file has sound but no picture; a model with ears takes --modality audio"
     raise InputError(message, kind="no-video", stage="decode")
 
 
@@ -132,6 +132,8 @@ def _scan(container: InputContainer, stream: VideoStream, track: Track | None = 
     for packet in packets(container, *streams):
         if packet is None:  # the file ends in the middle of something
             is_partial = True
+            if track is not None:
+                track.is_damaged = True
             break
         if track is not None and packet.stream_index == track.stream.index:
             track.feed(packet)

@@ -220,7 +220,7 @@ def test_files_that_are_no_video_are_refused(tmp_path):
     assert failure(tmp_path / "text.mp4")[0] == "decode"
     assert failure(write_sound(tmp_path / "a.wav")) == (
         "no-video",
-        "this file has sound but no picture; --modality audio hears it",
+        "this file has sound but no picture; a model with ears takes --modality audio",
     )
     path = write_video(tmp_path / "a.mp4")
     os.truncate(path, Path(path).stat().st_size // 2)

@@ -24,10 +24,11 @@ from tests.sounds import (
 )
 from vla2_models.sound import SoundWindow
 from vla2cli.errors import InputError
+from vla2cli.media.container import open_container, packets
 from vla2cli.media.frames import find_kind, probe, read_frames
 from vla2cli.media.pool import ClipRequest, DecodePool
 from vla2cli.media.records import SoundRequest
-from vla2cli.media.sound import read_sound, read_track, resample_fft
+from vla2cli.media.sound import open_track, read_sound, read_track, resample_fft
 from vla2cli.preprocess import FrameGeometry
 
 WINDOW = SoundWindow()
@@ -431,6 +432,12 @@ def test_early_range_does_not_decode_the_whole_track(tmp_path):
     np.testing.assert_allclose(sound.waveform[:32000], noise[:32000] * 2**15, atol=1, rtol=0)
     assert (flags, whole.duration_s) == ((), 20.0)
     assert sound.duration_s == pytest.approx(20.0, abs=0.05)  # as its header has it
+    with open_container(path) as container:
+        track = open_track(container, in_range(0.0, 2.0))
+        for packet in packets(container, track.stream):
+            track.feed(packet)
+        track.finish()
+        assert 2 * RATE < len(track.samples) < 6 * RATE
 
 
 def test_window_of_an_audio_file(tmp_path):
@@ -554,7 +561,7 @@ def test_cover_picture_makes_no_video(tmp_path, name, codec):
     sound, flags = read_sound(path, REQUEST)
     assert level_at(sound.waveform[4000:24000], 440) == pytest.approx(0.5, abs=0.03)
     assert flags == ()
-    with pytest.raises(InputError, match="--modality audio hears it") as caught:
+    with pytest.raises(InputError, match="a model with ears takes --modality audio") as caught:
         read_frames(path, "video", num_frames=2)
     assert caught.value.kind == "no-video"
 
