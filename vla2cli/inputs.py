@@ -34,7 +34,10 @@ _VIDEO = (
     " mp4 mpe mpeg mpg mts mxf nut ogm ogv qt rm rmvb ts vob webm wmv y4m"
 )
 _IMAGE = "bmp jfif jpe jpeg jpg pgm png pnm ppm tif tiff webp"
-_AUDIO = "aac ac3 aif aiff amr au caf flac m4a m4b mka mp2 mp3 oga ogg opus wav weba wma wv"
+_AUDIO = (
+    "aac ac3 aif aiff amr ape au caf dts flac m4a m4b mka mp2 mp3 mpc oga ogg opus spx tta w64 wav"
+    " weba wma wv"
+)
 _KIND: dict[str, Kind] = {
     **dict.fromkeys(_VIDEO.split(), "video"),
     **dict.fromkeys(_IMAGE.split(), "image"),

@@ -69,7 +69,7 @@ def parse_time(text: str | None) -> float | None:
         parts = [float(part) for part in text.split(":")]
     except ValueError:
         parts = [-1.0]
-    if len(parts) > 3 or not all(0 <= part < float("inf") for part in parts):
+    if len(parts) > 3 or not all(0 <= part < MAX_TIME_S for part in parts):
         raise UsageError(f"'{text}' is no time; expected seconds like 12.5, or 1:02:03")
     for part in parts:
         seconds = seconds * 60 + part
@@ -205,6 +205,7 @@ Quiet = Annotated[bool, _option("--quiet", "-q", help="Nothing on stderr but wha
 Verbose = Annotated[bool, _option("--verbose", "-v", help="Say more on stderr.")]
 Debug = Annotated[bool, _option("--debug", help="Show the traceback of what went wrong.")]
 
+MAX_TIME_S = 1e9  # thirty years
 DEFAULT_DECODE_TIMEOUT = 60.0  # seconds
 DEFAULT_DECODE_MEMORY = 4.0  # GB
 

@@ -42,6 +42,10 @@ class SoundWindow:
             raise ValueError(f"'duration_s' is {self.duration_s:g}, expected at least {least_s:g}")
         if self.num_clips < 1 or self.num_clips != int(self.num_clips):
             raise ValueError(f"'num_clips' is {self.num_clips!r}, expected a whole number above 0")
+        if self.clip_s * SAMPLE_RATE < _WINDOW:
+            raise ValueError(
+                f"'clip_s' is {self.clip_s:g}, expected at least {_WINDOW / SAMPLE_RATE:g}"
+            )
         if self.num_clips * self.clip_s > self.duration_s:
             pieces = f"{self.num_clips} clips of {self.clip_s:g} s"
             raise ValueError(f"{pieces} do not fit into 'duration_s' {self.duration_s:g}")

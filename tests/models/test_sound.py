@@ -56,7 +56,7 @@ def test_window_rejects_nonsense(name):
 
 
 def test_shortest_window_is_one_patch():
-    assert SoundWindow(duration_s=0.175, clip_s=0.02).num_frames == 16
+    assert SoundWindow(duration_s=0.175, num_clips=1, clip_s=0.175).num_frames == 16
 
 
 def test_arithmetic_of_sound_loads_no_torch():

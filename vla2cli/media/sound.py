@@ -11,6 +11,7 @@ Source: upstream VideoLLaMA2, branch audio_visual @8cedfbd, mm_utils.py, `proces
 import math
 import re
 from contextlib import suppress
+from fractions import Fraction
 from typing import Any
 
 import av
@@ -40,6 +41,7 @@ _NO_TRACK = "no-audio-track"
 _BLOCK = 16384  # samples resampled at once: the same sound at half the cost of frame by frame
 _FBANK_WINDOW_S = 0.025  # less sound than this fills no row
 _MAX_RATE = 768_000  # a damaged head may say anything, and the FFT would take hours and memory
+_MAX_LEVEL = 1e9  # full scale is 1; squares of more would leave the numbers there are
 _MAX_USUAL = 8  # channels for which there is a usual order; PyAV misreads more of them
 _LATE_S = 1.0  # a range's end may lie this far off in a track that begins before the picture
 # whose headers tell the length; others are guessed from the bit rate, or measured at the file's end
@@ -161,7 +163,8 @@ class Track:
                 self.is_damaged = True
                 return
             frame = _with_usual_layout(frame)
-        frame.pts = None  # gaps in the times are not filled, as ffmpeg does not
+        # gaps in the times are not filled, as ffmpeg does not; what a decoder gives last has none
+        frame.pts, frame.time_base = None, Fraction(1, frame.sample_rate)
         self._fifo.write(frame)
         if self._fifo.samples >= _BLOCK:
             self._resample(self._fifo.read())
@@ -236,7 +239,8 @@ def cut_track(
         is_short |= _is_clearly_less(duration_s, track.promised_s)
     from_s = start_s or 0.0
     until_s = picture_s if end_s is None else min(end_s, picture_s)
-    is_short |= _is_clearly_less(begin_s + len(samples) / rate - from_s, until_s - from_s)
+    covered_s = min(begin_s + len(samples) / rate, until_s) - max(begin_s, from_s)
+    is_short |= _is_clearly_less(covered_s, until_s - from_s)
     flags = (_SHORT,) if is_short else ()
     if not len(heard):
         return _silence(request, duration_s), flags
@@ -314,8 +318,8 @@ class _FileReader:
             raise self._out_of_range(seen_s)
         heard = np.zeros(int(self.window.duration_s * rate))
         heard[:num_heard] = np.concatenate(self.parts)
-        if not np.isfinite(heard).all():
-            raise undecodable("the sound holds values that are not numbers (NaN or infinite)")
+        if not (np.abs(heard) < _MAX_LEVEL).all():
+            raise undecodable("the sound holds NaN, infinite values or such as no recording has")
         is_short = self.is_damaged or num_heard < _FBANK_WINDOW_S * rate
         if self.is_at_end:
             duration_s = seen_s
@@ -412,7 +416,7 @@ def _with_usual_layout(frame: AudioFrame) -> AudioFrame:
     # "6 channels" in no known order: ffmpeg takes the usual one of that number
     layout = f"{frame.layout.nb_channels}c"
     made = AudioFrame.from_ndarray(frame.to_ndarray(), frame.format.name, layout)
-    made.sample_rate, made.time_base = frame.sample_rate, frame.time_base
+    made.sample_rate = frame.sample_rate
     return made
 
 
