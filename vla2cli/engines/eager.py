@@ -106,14 +106,17 @@ def _forward(
     cache: DynamicCache,
     mask: Tensor,
     positions: Tensor,
-    **tokens: Tensor,
+    *,
+    input_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
 ) -> Tensor:
     """Run the model on new positions; return the (B, V) float32 logits of the last one."""
     output = model(
-        **tokens,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
+        input_ids,
+        mask,
+        positions,
+        cache,  # transformers 5.24 has another name for it
+        inputs_embeds,
         use_cache=True,
         logits_to_keep=1,
     )
