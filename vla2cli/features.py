@@ -217,11 +217,12 @@ def compute(
     """
     wanted = set(names)
     needs_media = bool(wanted & set(list(PROMPT)[1:]))
+    last = {"projector_tokens", "audio_tokens"}  # what the prompt takes
     made: dict[str, Tensor] = {}
     if clip.frames is not None:
-        made |= _visual_tensors(engine, clip, set(VISUAL) if needs_media else wanted)
+        made |= _visual_tensors(engine, clip, wanted | last if needs_media else wanted)
     if clip.sound is not None:
-        made |= _audio_tensors(engine, clip, set(AUDIO) if needs_media else wanted)
+        made |= _audio_tensors(engine, clip, wanted | last if needs_media else wanted)
     if wanted & set(PROMPT):
         made |= _prompt_tensors(engine, made, ask, settings, wanted)
     if not wanted & set(made):
@@ -240,8 +241,9 @@ def _visual_tensors(engine: Engine, clip: Clip, wanted: set[str]) -> dict[str, T
     made = {
         "frame_indices": torch.tensor(clip.indices, dtype=torch.long),
         "timestamps_s": torch.tensor(clip.timestamps_s, dtype=torch.float64),
-        "pixel_values": engine.pixel_values(clip),
     }
+    if "pixel_values" in wanted:
+        made["pixel_values"] = engine.pixel_values(clip)
     if wanted & {"vision_features", "projector_tokens"}:
         (made["vision_features"],) = features = engine.vision_features([clip])
         made["projector_tokens"] = engine.frontend.visual_tokens(features)[0][None]

@@ -16,9 +16,9 @@ from torch import Tensor
 from .beats import BEATs
 from .beats_design import BIAS_NAME, MAX_DISTANCE, BEATsDesign, read_design
 from .errors import CheckpointError
+from .loading import is_finite
+from .names import AUDIO_TOWER_PREFIX
 from .tensors import open_tensors, read_parts
-
-PREFIX = "model.audio_tower."
 
 # what this network computes, where a `cfg` says it; upstream's defaults are the same
 _FIXED: Mapping[str, Any] = {
@@ -71,13 +71,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return cfg, tensors
     with open_tensors(path) as file:
         names = file.keys()
-        foreign = [name for name in names if not name.startswith(PREFIX)]
+        foreign = [name for name in names if not name.startswith(AUDIO_TOWER_PREFIX)]
         if foreign:
             raise CheckpointError(
                 f"'{path}' holds tensor {foreign[0]!r:.100}, expected only names that begin with "
-                f"'{PREFIX}'"
+                f"'{AUDIO_TOWER_PREFIX}'"
             )
-        return {}, {name.removeprefix(PREFIX): file.get(name) for name in names}
+        return {}, {name.removeprefix(AUDIO_TOWER_PREFIX): file.get(name) for name in names}
 
 
 def _check_cfg(path: Path, cfg: Mapping[str, Any], design: BEATsDesign) -> None:
@@ -134,7 +134,7 @@ def _to_float32(path: Path, name: str, stored: Tensor) -> Tensor:
     if not stored.is_floating_point():
         raise CheckpointError(f"'{path}': tensor {name} holds {stored.dtype}, expected floats")
     tensor = stored.float()
-    if not bool(tensor.isfinite().all()):
+    if not is_finite(tensor):
         raise CheckpointError(
             f"'{path}': tensor {name} holds NaN or infinite values; the file is damaged, fetch it "
             "again"

@@ -139,10 +139,11 @@ def save_weights(
 ) -> None:
     """Write the weights under the names of the public checkpoints, with an index if sharded."""
     state = model.state_dict()
-    tensors = {name: place.of(state) for name, place in find_places(state).items()}
-    # safetensors has no two names for one tensor
-    copies = (name for name, place in find_places(state).items() if place.is_copy)
-    tensors |= {name: tensors[name].clone() for name in copies}
+    # safetensors has no two names for one tensor: a copy is one
+    tensors = {
+        name: place.of(state).clone() if place.is_copy else place.of(state)
+        for name, place in find_places(state).items()
+    }
     shards = list(_shards(tensors, max_shard_bytes))
     if len(shards) == 1:
         _save(tensors, folder / WHOLE_FILE)

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from tests.goldens import golden_audio
 from vla2_models.beats import BEATs
 from vla2_models.beats_design import BIAS_NAME, BEATsDesign
-from vla2_models.beats_file import PREFIX, load_beats
+from vla2_models.beats_file import load_beats
 from vla2_models.errors import CheckpointError
+from vla2_models.names import AUDIO_TOWER_PREFIX
 
 DESIGN = BEATsDesign(
     patch_size=16,
@@ -66,7 +67,7 @@ def write_published(path, tensors, cfg=CFG):
 
 
 def write_trained(path, tensors, cfg=None):
-    prefixed = {PREFIX + name: tensor for name, tensor in tensors.items()}
+    prefixed = {AUDIO_TOWER_PREFIX + name: tensor for name, tensor in tensors.items()}
     (save_file if path.suffix == ".safetensors" else torch.save)(prefixed, path)
 
 
@@ -122,7 +123,9 @@ def test_by_product_of_training_is_the_tower_of_its_checkpoint():
     folder = golden_audio("VideoLLaMA2.1-tiny-AV/config.json").parent
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     for key, tensor in model.state_dict().items():
-        stored = load_file(folder / index["weight_map"][PREFIX + key])[PREFIX + key]
+        stored = load_file(folder / index["weight_map"][AUDIO_TOWER_PREFIX + key])[
+            AUDIO_TOWER_PREFIX + key
+        ]
         assert torch.equal(tensor, stored.float())
 
 
@@ -183,7 +186,7 @@ def test_file_of_something_else_is_refused(tmp_path):
     torch.save({"cfg": CFG, "state_dict": tensors_of()}, tmp_path / "a.pt")
     assert "holds no 'model', expected a dict of tensors" in refusal(tmp_path / "a.pt")
     torch.save(tensors_of(), tmp_path / "b.bin")
-    wanted = f"expected only names that begin with '{PREFIX}'"
+    wanted = f"expected only names that begin with '{AUDIO_TOWER_PREFIX}'"
     assert wanted in refusal(tmp_path / "b.bin")
     write_trained(tmp_path / "c.bin", {})
     assert "tensor patch_embedding.weight is missing" in refusal(tmp_path / "c.bin")
@@ -194,7 +197,7 @@ def test_file_of_something_else_is_refused(tmp_path):
 
 
 def test_tensor_of_another_part_is_refused(tmp_path):
-    prefixed = {PREFIX + name: tensor for name, tensor in tensors_of().items()}
+    prefixed = {AUDIO_TOWER_PREFIX + name: tensor for name, tensor in tensors_of().items()}
     torch.save(prefixed | {"model.mm_projector_a.0.bias": torch.ones(1)}, tmp_path / "a.bin")
     assert "holds tensor 'model.mm_projector_a.0.bias'" in refusal(tmp_path / "a.bin")
 
