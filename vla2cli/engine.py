@@ -25,6 +25,7 @@ from vla2cli.config import GenerationChoice, GenerationSettings, resolve_generat
 from vla2cli.engines import eager as language_engine
 from vla2cli.engines.eager import Generation, generate
 from vla2cli.errors import ModelError, UsageError
+from vla2cli.frontend.base import Frontend
 from vla2cli.frontend.eager import EagerFrontend
 from vla2cli.layout import Layout
 from vla2cli.media.records import Clip
@@ -198,7 +199,7 @@ class Engine:
             ) from error
 
     @cached_property
-    def frontend(self) -> EagerFrontend:
+    def frontend(self) -> Frontend:
         """What turns frames and sound into tokens."""
         return EagerFrontend(self.model)
 
@@ -315,7 +316,7 @@ class Engine:
 
     def _hear(self, clip: Clip) -> Tensor:
         # one after the other: the attention of a batch would take 100 MB a layer for each sound
-        return self.frontend.audio_tokens(self.frontend.audio_features(self.fbank(clip)))[0]
+        return self.frontend.listen(self.fbank(clip))[1][0]
 
     def prompt(self, ask: Ask) -> Prompt:
         """Render and tokenise what is asked."""

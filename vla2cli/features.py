@@ -255,8 +255,7 @@ def _audio_tensors(engine: Engine, clip: Clip, wanted: set[str]) -> dict[str, Te
     if wanted & set(AUDIO):
         made["fbank"] = engine.fbank(clip)
     if wanted & {"beats_features", "audio_tokens"}:
-        made["beats_features"] = engine.frontend.audio_features(made["fbank"])
-        made["audio_tokens"] = engine.frontend.audio_tokens(made["beats_features"])
+        made["beats_features"], made["audio_tokens"] = engine.frontend.listen(made["fbank"])
     return made
 
 

@@ -22,8 +22,8 @@ def media_of(run):
         found["vision_features"] = features[0]
         found["projector_tokens"] = engine.frontend.visual_tokens(features)[0]
     if "fbank_bf16" in stored:
-        found["beats_features"] = engine.frontend.audio_features(stored["fbank_bf16"])[0]
-        found["audio_tokens"] = engine.frontend.audio_tokens(found["beats_features"][None])[0]
+        heard, tokens = engine.frontend.listen(stored["fbank_bf16"])
+        found["beats_features"], found["audio_tokens"] = heard[0], tokens[0]
     return found
 
 
