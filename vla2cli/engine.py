@@ -26,7 +26,7 @@ from vla2cli.engines import eager as language_engine
 from vla2cli.engines.eager import Generation, generate
 from vla2cli.errors import ModelError, UsageError
 from vla2cli.frontend.base import Frontend
-from vla2cli.frontend.eager import EagerFrontend
+from vla2cli.frontend.pytorch import TorchFrontend
 from vla2cli.layout import Layout
 from vla2cli.media.records import Clip
 from vla2cli.media.sampling import MAX_FRAMES
@@ -201,7 +201,7 @@ class Engine:
     @cached_property
     def frontend(self) -> Frontend:
         """What turns frames and sound into tokens."""
-        return EagerFrontend(self.model)
+        return TorchFrontend(self.model)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -240,7 +240,7 @@ class Engine:
     def backends(self) -> dict[str, str | None]:
         """What a record says of how the stages run: `frontend`, `engine`, `dtype`, `quant`."""
         return {
-            "frontend": EagerFrontend.name,
+            "frontend": TorchFrontend.name,
             "engine": language_engine.NAME,
             "dtype": str(self.dtype).removeprefix("torch."),
             "quant": self.layout.load_in,

@@ -124,11 +124,16 @@ class GatedAttention(nn.Module):
             rearrange(projection(x), "b n (h d) -> b h n d", h=self.num_heads)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        out: Tensor = self.out_proj(self.attend(q, k, v, bias, self.gate(q)))
+        return out
+
+    @staticmethod
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
+        """Attend with the gated bias: (B, num_heads, N, head_dim) to (B, N, D)."""
         # upstream divides the scores by 32 and multiplies again, to stay in the range of float16;
         # this function keeps them in float32, so that there is nothing to do
-        x = functional.scaled_dot_product_attention(q, k, v, attn_mask=self.gate(q) * bias)
-        out: Tensor = self.out_proj(rearrange(x, "b h n d -> b n (h d)"))
-        return out
+        x = functional.scaled_dot_product_attention(q, k, v, attn_mask=gate * bias)
+        return rearrange(x, "b h n d -> b n (h d)")
 
     def gate(self, q: Tensor) -> Tensor:
         """Tell by how much each query scales its bias, from the query before it is scaled itself.

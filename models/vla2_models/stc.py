@@ -141,6 +141,7 @@ class STCConnector(nn.Module):
     ) -> None:
         super().__init__()
         self.design = design
+        self.width = hidden_size  # of the stages, and of the tokens
         # the first part with weights goes from C to D: s1, else a convolution, else the readout
         before = hidden_size if design.has_stages else mm_hidden_size
         after = hidden_size if design.is_convolution else before

@@ -80,12 +80,12 @@ class VideoLLaMA2(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where inputs belong; the language model may be spread over more devices than this one."""
-        return next(self.mm_projector.parameters()).device
+        return next(self.vision_tower.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """What tower and connector are held in; a quantised language model computes in it."""
-        return next(self.mm_projector.parameters()).dtype
+        return next(self.vision_tower.parameters()).dtype
 
     @property
     def front(self) -> list[nn.Module]:

@@ -21,7 +21,7 @@ from tests.tiny import load_tiny, tiny_av_engine, tiny_engine, write_tiny
 from vla2_models.checkpoint import open_checkpoint
 from vla2_models.hub import Source
 from vla2_models.loading import load_model
-from vla2cli.frontend.eager import EagerFrontend
+from vla2cli.frontend.pytorch import TorchFrontend
 from vla2cli.media.records import Clip, FileState
 
 
@@ -251,7 +251,7 @@ def test_splice_refuses_media_that_do_not_fit_the_placeholders(ids, num_media):
 def test_model_runs_in_bfloat16(tmp_path):
     model = load_tiny(write_tiny(tmp_path), torch.bfloat16)
     assert model.dtype == torch.bfloat16
-    frontend = EagerFrontend(model)
+    frontend = TorchFrontend(model)
     tokens = frontend.visual_tokens(frontend.vision_features([torch.zeros(8, 3, 56, 56)]))
     embeds = model.splice([1, -201, 5], tokens)
     assert embeds.dtype == torch.bfloat16
