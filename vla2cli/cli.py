@@ -14,6 +14,8 @@ import typer
 from vla2_models.errors import CheckpointError, one_line
 from vla2cli import __version__
 from vla2cli import options as opt
+from vla2cli.bench.command import EXAMPLES as BENCH_EXAMPLES
+from vla2cli.bench.command import bench
 from vla2cli.config import DEFAULT_MAX_NEW_TOKENS, is_debug
 from vla2cli.console import Console, count, print_data, print_text, printable
 from vla2cli.errors import UsageError, Vla2Error
@@ -289,6 +291,7 @@ def features(
 
 
 app.add_typer(models_app, name="models")
+app.command(epilog=BENCH_EXAMPLES)(bench)
 
 
 @app.command(

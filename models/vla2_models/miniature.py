@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from .beats_design import BEATsDesign
 from .config import DEMO_KEY, read_audio, read_config
 from .loading import build_empty
+from .random_weights import initial_weight
 from .saving import save_weights
 from .videollama2 import VideoLLaMA2
 
@@ -105,7 +105,6 @@ CHAT_TEMPLATE = (
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}{% endif %}"
     "{% endfor %}"
 )
-GAINS = ("weight_g", "grep_a")  # of the audio tower; 1, as the weights of a norm
 NUM_UNSPEAKABLE = 259  # special tokens and bytes come first in the vocabulary
 WORDS = (
     "a red car moves to the right on the green meadow while the sun sets behind the hills",
@@ -185,25 +184,14 @@ def _write_tokenizer(folder: Path, vocab_size: int) -> None:
 
 def _fill(model: VideoLLaMA2, generator: torch.Generator) -> None:
     """Draw weights that keep the size of what passes through them, so that clips tell apart."""
-    state = {}
-    for name, meta in model.state_dict().items():
-        if meta.ndim == 1 or name.endswith(GAINS):
-            tensor = torch.full(meta.shape, float(name.endswith(("weight", *GAINS))))
-        else:
-            tensor = torch.randn(meta.shape, generator=generator) * _scale(name, meta)
-        if name.endswith("lm_head.weight"):
-            tensor[:NUM_UNSPEAKABLE] = 0  # a likely word has a logit well above 0
-        state[name] = tensor
+
+    def draw(meta: Tensor, scale: float) -> Tensor:
+        return torch.randn(meta.shape, generator=generator) * scale
+
+    state = {name: initial_weight(name, meta, draw) for name, meta in model.state_dict().items()}
+    # a likely word has a logit well above 0
+    state["language_model.lm_head.weight"][:NUM_UNSPEAKABLE] = 0
     model.load_state_dict(state, assign=True)
-
-
-def _scale(name: str, weight: Tensor) -> float:
-    if name.endswith(("embed_tokens.weight", "position_embedding.weight")):
-        return 1.0
-    # larger at the ends: for tokens that tell clips and sounds apart, and for likely words
-    ends = ("lm_head.weight", "readout.2.weight", "mm_projector_a.2.weight")
-    gain = 3.0 if name.endswith(ends) else 1.0
-    return gain / math.sqrt(math.prod(weight.shape[1:]))
 
 
 if __name__ == "__main__":

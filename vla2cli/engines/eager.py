@@ -69,6 +69,8 @@ def generate(
     cache = DynamicCache(config=model.config)
     logits = _forward(model, cache, mask, positions, inputs_embeds=embeds)
     first_logits = logits
+    if logits.is_cuda:  # it has only been told what to do; the first token waits for it anyway
+        torch.cuda.synchronize(logits.device)
     prefilled = time.perf_counter()
 
     rows = _Rows(len(inputs_embeds), settings, seeds, logits.device)

@@ -1,0 +1,87 @@
+"""The front-ends that can be compared, by the name that `--frontend` takes.
+
+A new one is a line in `FRONTENDS`. What it needs is imported when it is made, so that `--help`
+waits for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vla2cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from vla2_models.videollama2 import VideoLLaMA2
+    from vla2cli.frontend.base import Frontend
+
+FLOATS = ("float32", "bfloat16", "float16")
+DTYPES = (*FLOATS, "int8")  # int8: a front-end quantises float32 weights itself
+
+
+@dataclass(frozen=True)
+class FrontendKind:
+    """How a front-end is made of a loaded checkpoint, and what it computes in."""
+
+    # takes the networks, whose language model may be on the meta device, and the dtype's name;
+    # their weights are in that dtype, for int8 in float32
+    make: Callable[[VideoLLaMA2, str], Frontend]
+    dtypes: tuple[str, ...] = FLOATS
+
+
+def _eager(model: VideoLLaMA2, _dtype: str) -> Frontend:
+    from vla2cli.frontend.eager import EagerFrontend
+
+    return EagerFrontend(model)
+
+
+FRONTENDS: Mapping[str, FrontendKind] = {
+    "eager": FrontendKind(_eager),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a stage; None where a stage knows no such choice."""
+
+    frontend: str | None = None
+    dtype: str | None = None
+
+
+BASELINE = Variant("eager", "float32")
+
+
+def pick_variants(frontends: Sequence[str], dtypes: Sequence[str]) -> list[Variant]:
+    """Pair front-ends and dtypes, the baseline first, whether it was asked for or not.
+
+    Args:
+        frontends: names out of `FRONTENDS`.
+        dtypes: names out of `DTYPES`.
+
+    Raises:
+        UsageError: a dtype is computed by none of the front-ends, or one of them by no dtype.
+    """
+    pairs = [
+        Variant(name, dtype)
+        for name in frontends
+        for dtype in dtypes
+        if dtype in FRONTENDS[name].dtypes
+    ]
+    for name in frontends:
+        if not any(pair.frontend == name for pair in pairs):
+            raise UsageError(
+                f"'--frontend {name}' runs in {', '.join(FRONTENDS[name].dtypes)}, not in "
+                f"{', '.join(dtypes)}; give another --dtype"
+            )
+    for dtype in dtypes:
+        if not any(pair.dtype == dtype for pair in pairs):
+            raise UsageError(
+                f"'--dtype {dtype}' is computed by none of the front-ends {', '.join(frontends)}"
+            )
+    return list(dict.fromkeys([BASELINE, *pairs]))
+
+
+def weights_dtype(dtype: str) -> str:
+    """Return the dtype of the weights that a front-end of this dtype is made of."""
+    return "float32" if dtype == "int8" else dtype
