@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = {"torch", "torchvision", "transformers", "timm", "onnxruntime", "decord", "av", "triton"}
+HEAVY = {
+    *("torch", "torchvision", "transformers", "timm", "onnxruntime", "decord", "av", "triton"),
+    "matplotlib",
+}
 CODE = """
 import json, sys
 import vla2cli
@@ -23,7 +26,15 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["--help"], ["--version"], ["caption", "--help"], ["ask", "-h"], ["features", "-h"]],
+    [
+        [],
+        ["--help"],
+        ["--version"],
+        ["caption", "--help"],
+        ["ask", "-h"],
+        ["features", "-h"],
+        ["bench", "--help"],
+    ],
     ids=lambda arguments: " ".join(arguments) or "import",
 )
 def test_help_and_bare_import_load_nothing_heavy(arguments):

@@ -96,7 +96,9 @@ def bench(
     device: opt.Device = "auto",
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="New file for the rows as JSON Lines; stdout then has the table."),
+        typer.Option(
+            "--output", "-o", help="New file for the rows as JSON Lines; stdout then has the table."
+        ),
     ] = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="New file, .png or .html, for a picture.")
@@ -139,6 +141,7 @@ def bench(
 
         check_plot(plot)
     made = asked.make(device, revision, hub_dir, offline, console)
+    _note_peak(made, console)
     rows = _show(made.run(console.note), output, as_json, console)
     if plot is not None:
         from vla2cli.bench.plot import write_plot
@@ -204,7 +207,7 @@ class _Asked:
         dtypes = self._dtypes(device)
         variants = pick_variants(self.frontends or tuple(FRONTENDS), dtypes)
         networks, num_layers = self._networks(device, revision, hub_dir, offline, console)
-        num_frames = self._num_frames(networks)
+        num_frames, stages = self._num_frames(networks), self._stages(networks)
         cut = networks.config.language.num_hidden_layers
         if cut < num_layers:
             console.note(
@@ -215,7 +218,7 @@ class _Asked:
             model=self.spec or self.model or "",
             networks=networks,
             num_layers=num_layers,
-            stages=self._stages(networks),
+            stages=stages,
             variants=tuple(variants),
             dtypes=tuple(name for name in dtypes if name in FLOATS),
             num_frames=num_frames,
@@ -298,6 +301,13 @@ def _check_new(flag: str, path: Path | None) -> None:
         raise UsageError(f"'{flag} {path}' exists already; give a new name")
     if path is not None and not path.absolute().parent.is_dir():
         raise UsageError(f"'{flag} {path}': there is no such folder")
+
+
+def _note_peak(made: Bench, console: Console) -> None:
+    from vla2cli.bench.memory import can_tell_peak
+
+    if not can_tell_peak(made.networks.device):
+        console.note("peak_mb is null: this system does not let a process reset its peak memory")
 
 
 def _show(rows: Iterable[Row], output: Path | None, as_json: bool, console: Console) -> list[Row]:

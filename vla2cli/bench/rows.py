@@ -101,7 +101,7 @@ def _row(
         dtype=variant.dtype,
         frontend=variant.frontend,
         ms=round(1e3 * time_s, 4),
-        gflop=_round(work.gflop, 4),
+        gflop=_round(work.gflop, 6),
         share_of_limit=_round(amount / time_s / rate, 4) if amount and rate else None,
         ratio_to_eager_fp32=_round(baseline_s / time_s, 4) if baseline_s else None,
         peak_mb=_round(result.peak_bytes / 1e6, 1) if result.peak_bytes is not None else None,

@@ -110,9 +110,7 @@ def test_connector_without_a_convolution_has_nothing_to_leave_out():
     ],
     ids=["CLIP", "SigLIP"],
 )
-def test_tower_is_counted_to_the_selected_block(
-    name, tokens, patches, width, ffn, blocks, gflop
-):
+def test_tower_is_counted_to_the_selected_block(name, tokens, patches, width, ffn, blocks, gflop):
     block = 2 * tokens * (4 * width**2 + 2 * width * ffn) + 4 * tokens**2 * width
     frame = 2 * patches * 3 * 14 * 14 * width + blocks * block
     assert tower_flops(on_meta(spec(name)), 5) == 5 * frame
