@@ -19,6 +19,8 @@ from vla2cli.bench.command import bench
 from vla2cli.config import DEFAULT_MAX_NEW_TOKENS, is_debug
 from vla2cli.console import Console, count, print_data, print_text, printable
 from vla2cli.errors import UsageError, Vla2Error
+from vla2cli.export import EXAMPLES as EXPORT_EXAMPLES
+from vla2cli.export import export
 from vla2cli.models import models_app
 from vla2cli.options import RunOptions
 from vla2cli.plan import Task
@@ -291,6 +293,7 @@ def features(
 
 
 app.add_typer(models_app, name="models")
+app.command(epilog=EXPORT_EXAMPLES)(export)
 app.command(epilog=BENCH_EXAMPLES)(bench)
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from vla2cli.ledger import Record
 
 
+Say = Callable[[str], None]  # how what takes long tells people about it: `Console.note`
+
+
 class Console:
     """Writes to stderr what a run has to say.
 

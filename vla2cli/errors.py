@@ -4,6 +4,7 @@ Vla2Error                1  could not go on
 ├── UsageError           2  the command line asks for something that cannot be
 ├── NoInputError         4  nothing to work on
 ├── ModelError           1  a checkpoint is refused
+├── FrontendError        1  a fast front-end cannot be made or run
 ├── LedgerError          1  the output cannot be written or is not a ledger
 │   └── LedgerBusyError  5  another run holds the output
 └── InputError           -  one file cannot be used: it becomes an error record
@@ -37,6 +38,10 @@ class NoInputError(Vla2Error):
 
 class ModelError(Vla2Error):
     """A checkpoint cannot be found, read or trusted."""
+
+
+class FrontendError(Vla2Error):
+    """A front-end cannot be exported, or its export cannot be run."""
 
 
 class LedgerError(Vla2Error):

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, Literal
 
 import typer
@@ -16,9 +12,9 @@ from typer.core import TyperGroup
 from vla2cli import options as opt
 from vla2cli.console import Console, count, format_size, print_data, print_text
 from vla2cli.run import note_reading, open_source
+from vla2cli.stop import cleaning_up
 
 EXAMPLES = opt.epilog(f"vla2 models {opt.DEMO_HUB}", f"vla2 models {opt.DEMO_MODEL} {opt.DEMO_HUB}")
-ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class _ShowByDefault(TyperGroup):
@@ -117,7 +113,7 @@ def convert(
     checkpoint = open_checkpoint(name, source, revision=revision, allow_pickles=True)
     Engine(checkpoint, device="cpu").check()
     note_reading(checkpoint, console)
-    with _cleaning_up(console):
+    with cleaning_up(console.note):
         save_checkpoint(load_model(checkpoint, dtype=DTYPES.get(dtype)), checkpoint, output)
     # seen from here, whatever the folder's name may also mean
     written = open_checkpoint(str(output.absolute()), source)
@@ -125,29 +121,6 @@ def convert(
         f"{output}: {format_size(written.size_bytes)} in "
         f"{count(len(written.weight_files()), 'file')}"
     )
-
-
-@contextmanager
-def _cleaning_up(console: Console) -> Iterator[None]:
-    """Let a run that is ended from outside take away what it has begun, undisturbed."""
-    # a run in the background may have been told to take no notice of them
-    taken = [s for s in ENDINGS if signal.getsignal(s) is not signal.SIG_IGN]
-
-    def end(signum: int, _frame: FrameType | None) -> None:
-        for each in taken:
-            signal.signal(each, signal.SIG_IGN)
-        raise SystemExit(128 + signum)
-
-    before = {signum: signal.signal(signum, end) for signum in taken}
-    try:
-        yield
-    except SystemExit as ended:
-        name = signal.Signals(int(str(ended.code)) - 128).name
-        console.note(f"vla2: ended by {name}; nothing was written")
-        raise
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def _show(found: dict[str, Any], json: bool) -> None:

@@ -116,6 +116,10 @@ Dtype = Annotated[
     Literal["auto", "float32", "float16", "bfloat16"],
     _option("--dtype", help="auto is float32 on the CPU and bfloat16 on CUDA."),
 ]
+Precision = Annotated[
+    Literal["fp32", "fp16", "int8"],
+    _option("--precision", help="Of exported graphs; int8 is for the weights of matrix products."),
+]
 LoadIn = Annotated[
     Literal["4bit", "8bit"] | None,
     _option("--load-in", help="Quantise the language model; needs pip install bitsandbytes."),

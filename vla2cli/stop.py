@@ -1,12 +1,17 @@
-"""Ending a run on Ctrl-C or SIGTERM without losing what is in hand."""
+"""Ending on Ctrl-C or SIGTERM without losing what is in hand, or leaving what is half made."""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
-from vla2cli.console import Console
+from vla2cli.console import Console, Say
+
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stop:
@@ -42,6 +47,36 @@ class Stop:
         # the ledger is whole at any moment and the decoding processes die with this one; an
         # exception would be lost where a library that is just being imported catches them all
         os._exit(128 + signum)
+
+
+@contextmanager
+def cleaning_up(say: Say) -> Iterator[None]:
+    """Let work that is ended from outside take away what it has begun, undisturbed.
+
+    Args:
+        say: told that nothing was written, and why.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    # a run in the background may have been told to take no notice of them
+    taken = [s for s in ENDINGS if signal.getsignal(s) is not signal.SIG_IGN]
+
+    def end(signum: int, _frame: FrameType | None) -> None:
+        for each in taken:
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + signum)
+
+    before = {signum: signal.signal(signum, end) for signum in taken}
+    try:
+        yield
+    except SystemExit as ended:
+        name = signal.Signals(int(str(ended.code)) - 128).name
+        say(f"vla2: ended by {name}; nothing was written")
+        raise
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _say(message: str) -> None:

@@ -185,11 +185,16 @@ class Encoder(nn.Module):
         table = nn.Embedding(design.num_buckets, design.num_heads)
         self.get_submodule("layers.0.self_attn").add_module("relative_attention_bias", table)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Turn (B, N, D) tokens into (B, N, D)."""
+    @property
+    def bias_table(self) -> Tensor:
+        """The (num_buckets, num_heads) biases that all layers share."""
+        return self.get_parameter("layers.0.self_attn.relative_attention_bias.weight")
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Turn (B, N, D) tokens into (B, N, D); a bias that is given is what `position_bias` is."""
         x = self.layer_norm(x + self.pos_conv(x))
-        table = self.get_parameter("layers.0.self_attn.relative_attention_bias.weight")
-        bias = position_bias(table, x.shape[1])  # once: 107 MB in float32 for half a minute
+        if bias is None:  # once: 107 MB in float32 for half a minute
+            bias = position_bias(self.bias_table, x.shape[1])
         for layer in self.layers:
             x = layer(x, bias)
         return x
@@ -225,6 +230,11 @@ class BEATs(nn.Module):
         Raises:
             ValueError: the shape is another, or T is less than one patch.
         """
+        tokens: Tensor = self.encoder(self.embed(fbank))
+        return tokens
+
+    def embed(self, fbank: Tensor) -> Tensor:
+        """Make the tokens that the encoder is given; sizes and errors as in `forward`."""
         if (
             fbank.ndim != 3
             or fbank.shape[2] != NUM_MEL_BINS
@@ -239,8 +249,7 @@ class BEATs(nn.Module):
         x = x.to(self.patch_embedding.weight.dtype)
         x = self.patch_embedding(x[:, None])  # (B, E, T // 16, 8)
         x = rearrange(x, "b e t f -> b (t f) e")
-        x = self.post_extract_proj(self.layer_norm(x))  # (B, N, D)
-        tokens: Tensor = self.encoder(x)
+        tokens: Tensor = self.post_extract_proj(self.layer_norm(x))  # (B, N, D)
         return tokens
 
     def classify(self, fbank: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The JSON files of a checkpoint."""
+"""The JSON files of a checkpoint, and what a folder is called while it is written."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
+
+UNFINISHED = ".unfinished-"  # how the name of a folder begins that is being written
 
 
 def check_readable(path: Path) -> None:

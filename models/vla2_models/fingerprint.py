@@ -35,21 +35,30 @@ def hash_weights(files: Iterable[Path], cache: Path | None = None) -> str:
     Returns:
         64 hexadecimal digits of SHA-256.
     """
+    digests = hash_files(files, cache)
+    total = hashlib.sha256()
+    for path in sorted(digests, key=lambda path: path.name):
+        total.update(f"{path.name}\0{digests[path]}\0".encode())
+    return total.hexdigest()
+
+
+def hash_files(files: Iterable[Path], cache: Path | None = None) -> dict[Path, str]:
+    """Hash the contents of files, each by itself; arguments and digits as in `hash_weights`."""
     cache = cache or default_cache()
     known = _read_cache(cache)
     fresh: dict[str, _Entry] = {}
-    total = hashlib.sha256()
-    for path in sorted(files, key=lambda path: path.name):
+    digests: dict[Path, str] = {}
+    for path in files:
         digest = _recall(known, path)
         if digest is None:
             stat = path.stat()
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             fresh[str(path.resolve())] = [stat.st_size, stat.st_mtime_ns, digest]
-        total.update(f"{path.name}\0{digest}\0".encode())
+        digests[path] = digest
     if fresh:
         _write_cache(cache, {**known, **fresh})
-    return total.hexdigest()
+    return digests
 
 
 def is_remembered(files: Iterable[Path], cache: Path | None = None) -> bool:

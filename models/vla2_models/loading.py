@@ -33,8 +33,9 @@ from .videollama2 import VideoLLaMA2
 Shape = tuple[int, ...]
 Settle = Callable[[str, nn.Module], None]
 
+LANGUAGE_MODEL = "language_model."  # how the names of its parameters begin
 LAYERS = "model.layers"  # of every language model here
-DECODER_LAYER = re.compile(rf"language_model\.({re.escape(LAYERS)}\.\d+)\.")
+DECODER_LAYER = re.compile(rf"{re.escape(LANGUAGE_MODEL)}({re.escape(LAYERS)}\.\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def load_model(
         if settle is not None and checkpoint.adapter is None:
             for name in [name for name in layers if weights.is_complete(name)]:
                 layer = layers.pop(name)
-                weights.assign(f"language_model.{name}.", layer)
+                weights.assign(f"{LANGUAGE_MODEL}{name}.", layer)
                 settle(name, layer.requires_grad_(False).eval())
     weights.assign("", model)
     model.requires_grad_(False).eval()
@@ -109,6 +110,24 @@ def load_model(
     for name, layer in layers.items():
         settle(name, layer)
     return model
+
+
+def load_front(checkpoint: Checkpoint) -> VideoLLaMA2:
+    """Load towers and connectors in float32; the language model stays without weights, on "meta".
+
+    Raises:
+        CheckpointError: as `load_model`.
+    """
+    model = build_empty(checkpoint.config)
+    claims = claim_tensors(checkpoint, model)
+    weights = _Weights(model, claims, torch.float32, torch.device("cpu"), is_copied=False)
+    for path, of_path in _by_path(claims).items():
+        with open_tensors(path) as tensors:
+            for claim in of_path:
+                if not weights.places[claim.public].parameter.startswith(LANGUAGE_MODEL):
+                    weights.take(claim, tensors.get(claim.name))
+    weights.assign("", model)
+    return model.requires_grad_(False).eval()
 
 
 def check_weights(checkpoint: Checkpoint, *, values: bool = False) -> int:

@@ -22,12 +22,11 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
-from .files import read_json
+from .files import UNFINISHED, read_json
 from .hub import WHOLE_FILE
 from .names import find_places
 from .videollama2 import VideoLLaMA2
 
-UNFINISHED = ".unfinished-"  # how the folder begins that is written first
 MAX_SHARD_BYTES = 5 * 10**9
 TEXT_FILES = (
     "generation_config.json",
