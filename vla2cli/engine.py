@@ -22,11 +22,12 @@ from vla2_models.public import WITH_EARS
 from vla2_models.sound import SoundWindow
 from vla2_models.videollama2 import VideoLLaMA2
 from vla2cli.config import GenerationChoice, GenerationSettings, resolve_generation
+from vla2cli.console import Say
 from vla2cli.engines import eager as language_engine
 from vla2cli.engines.eager import Generation, generate
 from vla2cli.errors import ModelError, UsageError
 from vla2cli.frontend.base import Frontend
-from vla2cli.frontend.pytorch import TorchFrontend
+from vla2cli.frontend.choice import FrontendChoice
 from vla2cli.layout import Layout
 from vla2cli.media.records import Clip
 from vla2cli.media.sampling import MAX_FRAMES
@@ -103,9 +104,11 @@ class Engine:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: `auto` (float32 on the CPU, bfloat16 elsewhere), or one of `DTYPES`.
         layout: whether the language model is quantised, or spread over several devices.
+        frontend: what runs towers and connector.
+        say: told what is waited for.
 
     Raises:
-        UsageError: the device, the dtype or the layout cannot be had.
+        UsageError: the device, the dtype, the layout or the front-end cannot be had.
     """
 
     def __init__(
@@ -115,6 +118,8 @@ class Engine:
         device: str = "auto",
         dtype: str = "auto",
         layout: Layout | None = None,
+        frontend: FrontendChoice | None = None,
+        say: Say = lambda message: None,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = pick_device(device)
@@ -125,6 +130,9 @@ class Engine:
             )
         self.dtype = pick_dtype(dtype, self.device, is_quantised=self.layout.load_in is not None)
         self.layout.check(checkpoint.config.language, self.device)
+        self._choice = frontend or FrontendChoice()
+        self._choice.check(self.device)
+        self._say = say
 
     @classmethod
     def load(
@@ -137,6 +145,7 @@ class Engine:
         device: str = "auto",
         dtype: str = "auto",
         layout: Layout | None = None,
+        frontend: FrontendChoice | None = None,
     ) -> Engine:
         """Load a checkpoint from a folder or the hub.
 
@@ -148,14 +157,15 @@ class Engine:
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
             dtype: `auto` (float32 on the CPU, bfloat16 elsewhere), or one of `DTYPES`.
             layout: whether the language model is quantised, or spread over several devices.
+            frontend: what runs towers and connector.
 
         Raises:
             CheckpointError: the checkpoint is nowhere or not whole.
-            UsageError: the device, the dtype or the layout cannot be had.
+            UsageError: the device, the dtype, the layout or the front-end cannot be had.
         """
         source = Source(Path(hub_dir) if hub_dir else None, offline)
         checkpoint = open_checkpoint(model, source, revision=revision)
-        engine = cls(checkpoint, device=device, dtype=dtype, layout=layout)
+        engine = cls(checkpoint, device=device, dtype=dtype, layout=layout, frontend=frontend)
         engine.load_weights()
         return engine
 
@@ -183,8 +193,13 @@ class Engine:
         return check_weights(self.checkpoint)
 
     def load_weights(self) -> None:
-        """Read the weights now; without this call the first clip waits for them."""
-        _ = self.model
+        """Read the weights now; without this call the first clip waits for them.
+
+        Raises:
+            CheckpointError, ModelError: they cannot be read.
+            FrontendError: an ONNX front-end cannot be made or run.
+        """
+        _ = self.frontend
 
     @cached_property
     def model(self) -> VideoLLaMA2:
@@ -194,14 +209,19 @@ class Engine:
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise ModelError(
                 f"'{self.checkpoint.folder}' does not fit into the memory of {self.device} in "
-                f"{self.backends['dtype']}; try --dtype bfloat16, --load-in 4bit, or "
+                f"{_dtype_name(self.dtype)}; try --dtype bfloat16, --load-in 4bit, or "
                 "--device-map auto"
             ) from error
 
     @cached_property
     def frontend(self) -> Frontend:
         """What turns frames and sound into tokens."""
-        return TorchFrontend(self.model)
+        return self.choice.open(self.checkpoint, self.model, self._say)
+
+    @cached_property
+    def choice(self) -> FrontendChoice:
+        """Which front-end that is, nothing left to `auto`."""
+        return self._choice.settle(self.checkpoint, self.device, self.dtype, self._say)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -240,9 +260,9 @@ class Engine:
     def backends(self) -> dict[str, str | None]:
         """What a record says of how the stages run: `frontend`, `engine`, `dtype`, `quant`."""
         return {
-            "frontend": TorchFrontend.name,
+            "frontend": self.choice.name,
             "engine": language_engine.NAME,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": _dtype_name(self.dtype),
             "quant": self.layout.load_in,
         }
 
@@ -407,6 +427,10 @@ def pick_dtype(name: str, device: torch.device, *, is_quantised: bool = False) -
     if name not in DTYPES:
         raise UsageError(f"'--dtype {name}': expected auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def read_geometry(checkpoint: Checkpoint) -> FrameGeometry:

@@ -128,6 +128,29 @@ DeviceMap = Annotated[
     Literal["auto"] | None,
     _option("--device-map", help="Spread the language model over all GPUs, the CPU and the disk."),
 ]
+FrontendName = Annotated[
+    Literal["auto", "onnx", "torch"],
+    _option(
+        "--frontend",
+        help="What runs towers and connector. onnx exports them once; auto uses an export that "
+        "is there (vla2 export) and is of the run's dtype, else torch.",
+    ),
+]
+Stc = Annotated[
+    Literal["auto", "triton", "torch", "onnx"],
+    _option("--stc", help="What runs the connector: auto as --frontend; triton needs CUDA."),
+]
+RunPrecision = Annotated[
+    Literal["fp32", "fp16", "int8"] | None,
+    _option(
+        "--precision",
+        help="Of the ONNX graphs; int8 changes the texts.",
+        show_default="fp32 on the CPU, on CUDA that of --dtype or fp16",
+    ),
+]
+TensorRT = Annotated[
+    bool, _option("--tensorrt", help="On CUDA, let TensorRT run what it can of the ONNX graphs.")
+]
 Batch = Annotated[int, _option("--batch", help="Prompts that are answered together.")]
 
 # what of a file is looked at
@@ -226,6 +249,10 @@ class RunOptions:
     dtype: str
     load_in: str | None
     device_map: str | None
+    frontend: str
+    stc: str
+    precision: str | None
+    tensorrt: bool
     batch: int
     modality: str
     start: str | None

@@ -121,12 +121,21 @@ def open_engine(options: RunOptions, console: Console) -> Engine:
     console.note(f"loading '{options.model}' …")
     from vla2_models.checkpoint import open_checkpoint
     from vla2cli.engine import Engine
+    from vla2cli.frontend.choice import FrontendChoice
     from vla2cli.layout import Layout
 
     source = open_source(options.hub_dir, options.offline, console)
     checkpoint = open_checkpoint(options.model, source, revision=options.revision)
     layout = Layout(options.load_in, options.device_map)
-    engine = Engine(checkpoint, device=options.device, dtype=options.dtype, layout=layout)
+    frontend = FrontendChoice(options.frontend, options.stc, options.precision, options.tensorrt)
+    engine = Engine(
+        checkpoint,
+        device=options.device,
+        dtype=options.dtype,
+        layout=layout,
+        frontend=frontend,
+        say=console.note,
+    )
     # in a moment, from headers: a wrong folder is refused before the output is touched
     engine.check()
     engine.check_sampling(options.sampling(checkpoint.config.num_frames))

@@ -8,6 +8,7 @@ never multiplied. The definition is `STCConnector` in stc.py; tests hold this on
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import product
 from typing import Any, cast
@@ -21,6 +22,7 @@ from vla2_kernels.depthwise import depthwise_norm_silu_pool, relay_depthwise_wei
 from vla2_kernels.norm import norm_scale_residual_silu
 
 from .stc import STCConnector, grid_side
+from .videollama2 import VideoLLaMA2
 
 MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]  # weight, bias -> layer
 MakeConv = Callable[[nn.Conv3d], nn.Module]  # 3D convolution -> the same with SiLU, channels last
@@ -33,6 +35,23 @@ def plain_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     if bias is not None:
         layer.bias = _frozen(bias)
     return layer
+
+
+def fuse_connector(model: VideoLLaMA2) -> VideoLLaMA2:
+    """Copy a model with its connector on the fused operators; all else is the same.
+
+    Raises:
+        ValueError: it is no STC connector.
+    """
+    connector = model.mm_projector
+    if not isinstance(connector, STCConnector):
+        raise ValueError(f"there are no fused operators for a {model.config.projector_type}")
+    clone = copy.copy(model)
+    clone._modules = {
+        **model._modules,
+        "mm_projector": FusedSTC(connector, plain_linear, _kernel_conv),
+    }
+    return clone
 
 
 class FusedSTC(nn.Module):
@@ -168,6 +187,11 @@ def _reach(n: int, size: int, padding: int, offset: int) -> tuple[slice, slice]:
     num_blocks = (n + 2 * padding) // size
     count = max(0, min(num_blocks - first, len(range(start, n, size))))
     return slice(start, start + count * size, size), slice(first, first + count)
+
+
+def _kernel_conv(conv: nn.Conv3d) -> nn.Module:
+    is_cube = conv.kernel_size == (2, 2, 2)
+    return KernelConv3d(conv) if is_cube else TapConv3d(conv, plain_linear)
 
 
 def _fuse_stage(stage: nn.Module, make_linear: MakeLinear) -> nn.Module:

@@ -76,7 +76,7 @@ def bench(
         typer.Option(
             "--frontend",
             help="What runs tower, connector and beats; may be given several times.",
-            show_default="all there are",
+            show_default="all that can be had",
         ),
     ] = None,
     frames: opt.Frames = None,
@@ -195,7 +195,7 @@ class _Asked:
         Raises:
             UsageError, CheckpointError: something of it cannot be had.
         """
-        from vla2cli.bench.frontends import FLOATS, FRONTENDS, pick_variants
+        from vla2cli.bench.frontends import FLOATS, FRONTENDS, pick_variants, usable_frontends
         from vla2cli.bench.run import Bench
         from vla2cli.engine import pick_device
 
@@ -205,7 +205,10 @@ class _Asked:
 
             torch.set_num_threads(self.threads)
         dtypes = self._dtypes(device)
-        variants = pick_variants(self.frontends or tuple(FRONTENDS), dtypes)
+        for name in self.frontends or ():
+            if FRONTENDS[name].needs_cuda and device.type != "cuda":
+                raise UsageError(f"'--frontend {name}' needs CUDA, and this run is on the {device}")
+        variants = pick_variants(self.frontends or usable_frontends(dtypes, device), dtypes)
         networks, num_layers = self._networks(device, revision, hub_dir, offline, console)
         num_frames, stages = self._num_frames(networks), self._stages(networks)
         cut = networks.config.language.num_hidden_layers

@@ -6,13 +6,17 @@ waits for nothing.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vla2cli.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from vla2_models.videollama2 import VideoLLaMA2
     from vla2cli.frontend.base import Frontend
 
@@ -28,16 +32,45 @@ class FrontendKind:
     # their weights are in that dtype, for int8 in float32
     make: Callable[[VideoLLaMA2, str], Frontend]
     dtypes: tuple[str, ...] = FLOATS
+    needs_cuda: bool = False
 
 
 def _eager(model: VideoLLaMA2, _dtype: str) -> Frontend:
-    from vla2cli.frontend.eager import EagerFrontend
+    from vla2cli.frontend.pytorch import TorchFrontend
 
-    return EagerFrontend(model)
+    return TorchFrontend(model)
 
 
+def _torch(model: VideoLLaMA2, _dtype: str) -> Frontend:
+    from vla2cli.frontend.pytorch import TorchFrontend
+
+    return TorchFrontend.fast(model)
+
+
+def _triton(model: VideoLLaMA2, _dtype: str) -> Frontend:
+    from vla2cli.frontend.pytorch import TorchFrontend
+
+    return TorchFrontend.with_triton(model)
+
+
+def _onnx(model: VideoLLaMA2, dtype: str) -> Frontend:
+    from vla2cli.frontend.export import export_frontend
+    from vla2cli.frontend.manifest import Origin
+    from vla2cli.frontend.onnx import OnnxFrontend
+
+    precision = PRECISIONS[dtype]
+    origin = Origin("bench", None, sha256="", precision=precision, key="")
+    with tempfile.TemporaryDirectory(prefix="vla2-bench-") as folder:
+        export_frontend(model, Path(folder), origin, lambda message: None)
+        return OnnxFrontend(Path(folder), model.device, model.dtype)
+
+
+PRECISIONS = {"float32": "fp32", "float16": "fp16", "int8": "int8"}  # of ONNX graphs
 FRONTENDS: Mapping[str, FrontendKind] = {
     "eager": FrontendKind(_eager),
+    "torch": FrontendKind(_torch),
+    "onnx": FrontendKind(_onnx, tuple(PRECISIONS)),
+    "triton": FrontendKind(_triton, needs_cuda=True),
 }
 
 
@@ -50,6 +83,15 @@ class Variant:
 
 
 BASELINE = Variant("eager", "float32")
+
+
+def usable_frontends(dtypes: Sequence[str], device: torch.device) -> tuple[str, ...]:
+    """List the front-ends that can be compared on a device in any of these dtypes."""
+    return tuple(
+        name
+        for name, kind in FRONTENDS.items()
+        if (device.type == "cuda" or not kind.needs_cuda) and set(kind.dtypes) & set(dtypes)
+    )
 
 
 def pick_variants(frontends: Sequence[str], dtypes: Sequence[str]) -> list[Variant]:

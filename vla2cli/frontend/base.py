@@ -11,10 +11,6 @@ from torch import Tensor
 class Frontend(Protocol):
     """Towers and connectors of one checkpoint, however they are run."""
 
-    @property
-    def name(self) -> str:
-        """What a record's `frontend` says."""
-
     def vision_features(self, pixel_values: Sequence[Tensor]) -> list[Tensor]:
         """Run the tower on the frames of several clips at once.
 

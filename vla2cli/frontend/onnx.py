@@ -31,8 +31,6 @@ class OnnxFrontend:
         FrontendError: the folder is no export, or the device cannot be used.
     """
 
-    name = "onnx"
-
     def __init__(
         self,
         folder: Path,

@@ -1,44 +1,54 @@
-"""The front-end in PyTorch: the checkpoint's own networks, packed for the CPU."""
+"""The front-end in PyTorch: the checkpoint's own networks, as they stand or laid out for speed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from vla2_models.packed import can_pack, in_groups, pack_front
+from vla2_models.stc_fused import fuse_connector
 from vla2_models.videollama2 import VideoLLaMA2
 
 
 class TorchFrontend:
     """Towers and connectors of a loaded checkpoint; the methods are those of `Frontend`.
 
-    Args:
-        model: the checkpoint's networks.
-        is_plain: whether they run as they stand, which is what every other front-end is held to;
-            otherwise they are packed where the device and dtype can be.
+    As it stands it is plain eager PyTorch, which every other front-end is held to.
     """
 
-    name = "torch"
+    def __init__(
+        self, model: VideoLLaMA2, name: str = "torch", *, is_grouped: bool = False
+    ) -> None:
+        self.model = model
+        self.name = name
+        self.is_grouped = is_grouped  # frames go through the tower a few at a time
 
-    def __init__(self, model: VideoLLaMA2, *, is_plain: bool = False) -> None:
-        self.is_packed = not is_plain and can_pack(model.device, model.dtype)
-        self.model = pack_front(model) if self.is_packed else model
+    @classmethod
+    def fast(cls, model: VideoLLaMA2) -> Self:
+        """Pack the networks, where the processor and the dtype can be."""
+        if not can_pack(model.device, model.dtype):
+            return cls(model)
+        return cls(pack_front(model), is_grouped=True)
+
+    @classmethod
+    def with_triton(cls, model: VideoLLaMA2) -> Self:
+        """Run the connector on the Triton operators.
+
+        Raises:
+            ValueError: it is not of the kind that they are made for.
+        """
+        return cls(fuse_connector(model))
 
     @torch.inference_mode()
     def vision_features(self, pixel_values: Sequence[Tensor]) -> list[Tensor]:
         """Run the tower on the frames of several clips at once."""
         frames = torch.cat(list(pixel_values)).to(self.model.device, self.model.dtype)
-        groups = in_groups(frames, self._frame_bytes) if self.is_packed else [frames]
+        groups = in_groups(frames, self._frame_bytes) if self.is_grouped else [frames]
         features = torch.cat([self.model.encode_frames(group) for group in groups])
         return list(torch.split(features, [len(clip) for clip in pixel_values]))
-
-    @property
-    def _frame_bytes(self) -> int:
-        """Bytes of the largest activation of one frame in the tower."""
-        config = self.model.config
-        return config.num_patches * config.vision.intermediate_size * self.model.dtype.itemsize
 
     @torch.inference_mode()
     def visual_tokens(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -50,3 +60,9 @@ class TorchFrontend:
         """Run the audio tower and its projector."""
         features = self.model.encode_sound(fbank)
         return features, self.model.project_sound(features)
+
+    @property
+    def _frame_bytes(self) -> int:
+        """Bytes of the largest activation of one frame in the tower."""
+        config = self.model.config
+        return config.num_patches * config.vision.intermediate_size * self.model.dtype.itemsize
