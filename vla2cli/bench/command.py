@@ -76,7 +76,7 @@ def bench(
         typer.Option(
             "--frontend",
             help="What runs tower, connector and beats; may be given several times.",
-            show_default="all that can be had",
+            show_default="eager and torch, on CUDA triton too",
         ),
     ] = None,
     frames: opt.Frames = None,
@@ -195,7 +195,12 @@ class _Asked:
         Raises:
             UsageError, CheckpointError: something of it cannot be had.
         """
-        from vla2cli.bench.frontends import FLOATS, FRONTENDS, pick_variants, usable_frontends
+        from vla2cli.bench.frontends import (
+            FRONTENDS,
+            default_frontends,
+            pick_variants,
+            weights_dtype,
+        )
         from vla2cli.bench.run import Bench
         from vla2cli.engine import pick_device
 
@@ -208,7 +213,10 @@ class _Asked:
         for name in self.frontends or ():
             if FRONTENDS[name].needs_cuda and device.type != "cuda":
                 raise UsageError(f"'--frontend {name}' needs CUDA, and this run is on the {device}")
-        variants = pick_variants(self.frontends or usable_frontends(dtypes, device), dtypes)
+        if "float16" in dtypes and device.type == "cpu":
+            # seen: half a GFLOP/s where float32 has 100
+            console.note("float16 on a CPU may be a hundred times slower than float32")
+        variants = pick_variants(self.frontends or default_frontends(dtypes, device), dtypes)
         networks, num_layers = self._networks(device, revision, hub_dir, offline, console)
         num_frames, stages = self._num_frames(networks), self._stages(networks)
         cut = networks.config.language.num_hidden_layers
@@ -223,7 +231,8 @@ class _Asked:
             num_layers=num_layers,
             stages=stages,
             variants=tuple(variants),
-            dtypes=tuple(name for name in dtypes if name in FLOATS),
+            # behind a front-end in int8 the language model runs in float32
+            dtypes=tuple(dict.fromkeys(map(weights_dtype, dtypes))),
             num_frames=num_frames,
             num_rounds=self.repeat,
             video=None if self.video is None else str(self.video),

@@ -85,13 +85,17 @@ class Variant:
 BASELINE = Variant("eager", "float32")
 
 
-def usable_frontends(dtypes: Sequence[str], device: torch.device) -> tuple[str, ...]:
-    """List the front-ends that can be compared on a device in any of these dtypes."""
-    return tuple(
-        name
-        for name, kind in FRONTENDS.items()
-        if (device.type == "cuda" or not kind.needs_cuda) and set(kind.dtypes) & set(dtypes)
-    )
+def default_frontends(dtypes: Sequence[str], device: torch.device) -> tuple[str, ...]:
+    """List the front-ends that are compared where none is named.
+
+    Graphs are left out unless a dtype is theirs alone: to export them takes minutes.
+    """
+    names = [
+        name for name, kind in FRONTENDS.items() if device.type == "cuda" or not kind.needs_cuda
+    ]
+    if not set(dtypes) - set(FLOATS):
+        names.remove("onnx")
+    return tuple(name for name in names if set(FRONTENDS[name].dtypes) & set(dtypes))
 
 
 def pick_variants(frontends: Sequence[str], dtypes: Sequence[str]) -> list[Variant]:

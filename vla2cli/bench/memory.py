@@ -17,7 +17,9 @@ PROC = Path("/proc")
 def free_bytes(device: torch.device) -> int | None:
     """Return what can still be had on a device; None where the system does not tell."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # what torch keeps of earlier stages can be had as well
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     return _read_field(PROC / "meminfo", "MemAvailable")
 
 

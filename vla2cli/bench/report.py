@@ -39,12 +39,12 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def number(value: float | None) -> str:
-    """Write a number with three digits at least: `0.123`, `12.3`, `1,234`."""
+    """Write a number with three digits or more: `0.00123`, `1.23`, `12.3`, `1,234`."""
     if value is None:
         return ABSENT
     if value >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.3f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.3g}"
 
 
 def ratio(value: float | None) -> str:

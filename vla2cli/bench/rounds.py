@@ -24,7 +24,6 @@ class Case:
     variant: Variant
     run: Callable[[], Mapping[str, float]]  # stage -> seconds
     work: Mapping[str, Work]  # stage -> what it has to do
-    weights_bytes: int | None = None
     pid: int | None = None  # of the process whose memory counts; None: this one
 
 
