@@ -6,13 +6,17 @@ from collections.abc import Sequence
 
 from vla2cli.bench.rows import Row
 
-HEADER = ("stage", "front-end", "dtype", "ms", "min-max", "work", "of limit", "x fp32", "peak MB")
+HEADER = (
+    *("stage", "front-end", "dtype", "ms", "min-max", "work"),
+    *("of limit", "of packed", "x fp32", "peak MB"),
+)
 NUM_NAMES = 3  # the first columns are words, the others numbers
 ABSENT = "-"
 LEGEND = (
     "ms: median of the rounds; of generate, for one token",
     "of limit: share of the rate of a large product of the same dtype, of generate of a copy's "
     "bandwidth, both measured in the same rounds",
+    "of packed: share of the rate of the same product with a weight laid out for this CPU",
     "x fp32: time of eager float32 over this time; 2 is twice as fast",
     "peak MB: on top of the weights; read with preprocess, and prefill with generate, are one run",
 )
@@ -33,6 +37,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{number(row.ms_min)}-{number(row.ms_max)}",
         f"{number(row.work[0])} {row.work[1]}" if row.work else ABSENT,
         ratio(row.share_of_limit),
+        ratio(row.share_of_packed),
         ratio(row.ratio_to_eager_fp32),
         number(row.peak_mb),
     )

@@ -9,6 +9,7 @@ from statistics import median
 
 import torch
 
+from vla2_models.packed import PackedLinear
 from vla2cli.bench.frontends import Variant
 from vla2cli.bench.memory import run_with_peak
 from vla2cli.bench.work import Work
@@ -72,6 +73,14 @@ def product(dtype: torch.dtype, device: torch.device, edge: int = PRODUCT_EDGE) 
     """Multiply two square matrices, into a third that is there already."""
     a, b, out = (torch.randn(edge, edge).to(device, dtype) for _ in range(3))
     return Limit(2 * edge**3 / 1e9, timed(lambda: torch.mm(a, b, out=out), device))
+
+
+def packed_product(dtype: torch.dtype, edge: int = PRODUCT_EDGE) -> Limit:
+    """Multiply the same matrices on the CPU, the second laid out for it beforehand."""
+    a, b = (torch.randn(edge, edge).to(dtype) for _ in range(2))
+    linear = PackedLinear(b)
+    run = torch.inference_mode()(lambda: linear(a))
+    return Limit(2 * edge**3 / 1e9, timed(run, torch.device("cpu")))
 
 
 def copy(device: torch.device, num_bytes: int = COPY_BYTES) -> Limit:

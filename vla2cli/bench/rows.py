@@ -32,6 +32,9 @@ class Row:
     gb: float | None  # 10**9 bytes that have to be read
     limit: str | None  # product: rate of a large GEMM of this dtype; copy: bandwidth of a copy
     limit_per_s: float | None  # that rate: GFLOP/s or GB/s
+    # as share_of_limit, of a product of the same size whose weight is packed: on some CPUs twice as
+    # fast as a plain one; None where there is no such product
+    share_of_packed: float | None
     facts: Mapping[str, Any] = field(default_factory=dict)  # model, machine and settings
 
     @property
@@ -95,6 +98,7 @@ def _row(
     time_s = median(times)
     limit = limit_name(work.limit, variant.dtype)
     rate = rates.get(limit) if limit else None
+    packed = rates.get(f"packed {limit}")
     amount = work.gb if work.limit == "copy" else work.gflop
     return Row(
         stage=stage,
@@ -110,6 +114,7 @@ def _row(
         gb=_round(work.gb, 6),
         limit=work.limit if rate else None,
         limit_per_s=_round(rate, 2),
+        share_of_packed=_round(amount / time_s / packed, 4) if amount and packed else None,
         facts=facts,
     )
 

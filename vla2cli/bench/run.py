@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from vla2_models.packed import can_pack
 from vla2cli.bench import rounds
 from vla2cli.bench.clip import make_video
 from vla2cli.bench.frontends import FLOATS, Variant
@@ -120,6 +121,9 @@ class Bench:
                 name = limit_name("product", dtype)
                 assert name is not None
                 limits[name] = rounds.product(DTYPES[dtype], device, self.product_edge)
+                if can_pack(device, DTYPES[dtype]):
+                    packed = rounds.packed_product(DTYPES[dtype], self.product_edge)
+                    limits[f"packed {name}"] = packed
             if "copy" in kinds:
                 limits["copy"] = rounds.copy(device, self.copy_bytes)
         return limits

@@ -21,6 +21,7 @@ def row(stage, dtype, frontend, ms, **facts):
         ms=ms,
         gflop=1.0,
         share_of_limit=0.5,
+        share_of_packed=0.4,
         ratio_to_eager_fp32=1.0,
         peak_mb=1.0,
         ms_min=ms,

@@ -7,7 +7,7 @@ import torch
 
 from vla2cli.bench.frontends import Variant
 from vla2cli.bench.memory import can_tell_peak, free_bytes, run_with_peak
-from vla2cli.bench.rounds import Case, Limit, copy, measure, product
+from vla2cli.bench.rounds import Case, Limit, copy, measure, packed_product, product
 from vla2cli.bench.rows import make_rows
 from vla2cli.bench.work import Work
 
@@ -39,20 +39,27 @@ def test_all_take_turns_and_the_first_round_does_not_count():
 def test_row_has_medians_and_what_follows_from_them():
     turns = []
     cases = [case("a", turns, [9, 3, 1, 2]), case("b", turns, [9, 1, 1, 0.5], dtype="bfloat16")]
-    limits = {"product float32": Limit(10.0, lambda: 2.0), "copy": Limit(1.0, lambda: 1.0)}
+    limits = {
+        "product float32": Limit(10.0, lambda: 2.0),
+        "packed product float32": Limit(10.0, lambda: 1.0),
+        "copy": Limit(1.0, lambda: 1.0),
+    }
     results, rates = measure(cases, limits, 3, CPU)
     fp32, bf16 = make_rows(results, rates, ["tower"], {"model": "m"})
     assert (fp32.ms, fp32.ms_min, fp32.ms_max) == (2000, 1000, 3000)
     assert fp32.share_of_limit == pytest.approx(6 / 2 / 5)
+    assert fp32.share_of_packed == pytest.approx(6 / 2 / 10)
     assert (fp32.ratio_to_eager_fp32, bf16.ratio_to_eager_fp32) == (1, 2)
     # no product of its dtype was measured
-    assert (bf16.limit, bf16.share_of_limit) == (None, None)
+    assert (bf16.limit, bf16.share_of_limit, bf16.share_of_packed) == (None, None, None)
 
 
 def test_limits_state_their_work_and_do_it():
     assert product(torch.float32, CPU, 100).amount == pytest.approx(2e-3)
     assert copy(CPU, 10**6).amount == pytest.approx(2e-3)
+    assert packed_product(torch.float32, 100).amount == pytest.approx(2e-3)
     assert product(torch.bfloat16, CPU, 64).run() > 0
+    assert packed_product(torch.float32, 64).run() > 0
     assert copy(CPU, 64).run() > 0
 
 
