@@ -1,11 +1,12 @@
-# Two commands do everything: `make demo` and `make test`. Both set up .venv first.
+# Two commands do everything: `make demo` and `make test`; `make gpu-check` is for a machine with a
+# GPU. All set up .venv first.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu-check clean
 
 demo: $(READY)
 	$(BIN)/python -m vla2_models.miniature .demo/hub
@@ -20,6 +21,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+gpu-check: $(READY)
+	$(BIN)/python tests/bench/gpu.py
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,101 @@
+"""Run everything that needs a CUDA device and write one report.
+
+    make gpu-check                                   # gpu-report.md
+    python tests/bench/gpu.py [REPORT.md] [--spec VideoLLaMA2-7B]
+
+    tests      all tests marked `gpu`: Triton kernels, ONNX Runtime on CUDA and TensorRT, language
+               models in 4 and 8 bits and spread over devices, each against the CPU or PyTorch
+    bench      `vla2 bench` at public size: plain PyTorch, Triton, ONNX Runtime
+
+The report names the machine, says which tests failed, and has the bench's table; the rows are
+beside it as JSON Lines. Exits with 0 where all passed, 1 where something failed, 2 without CUDA.
+"""
+# ruff: noqa: T201  it talks to people
+
+import argparse
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+
+from vla2cli.bench.report import table_lines
+from vla2cli.bench.rows import read_rows
+
+DTYPES = ("float32", "float16", "bfloat16")
+FRONTENDS = ("eager", "triton", "onnx")
+
+
+def main(report: Path, spec: str) -> int:
+    """Test, measure, write; return the exit code."""
+    if not torch.cuda.is_available():
+        print("gpu-check: no CUDA device; everything else is tested by make test", file=sys.stderr)
+        return 2
+    rows = report.with_suffix(".jsonl")
+    rows.unlink(missing_ok=True)
+    parts = {"Machine": describe_machine()}
+    passed, parts["Tests"] = run_tests(report.with_suffix(".xml"))
+    measured, parts["Bench"] = run_bench(spec, rows)
+    text = "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
+    report.write_text(f"# vla2 on a GPU\n\n{text}\n", encoding="utf-8")
+    print(f"gpu-check: {'passed' if passed and measured else 'FAILED'}; see {report}")
+    return 0 if passed and measured else 1
+
+
+def describe_machine() -> str:
+    """Name what the figures depend on."""
+    smi = run(
+        ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    )
+    revision = run(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+    return (
+        f"{time.strftime('%Y-%m-%d')}, revision {revision}, python {platform.python_version()}, "
+        f"torch {torch.__version__}, CUDA {torch.version.cuda}\n\n{fenced(smi.stdout)}"
+    )
+
+
+def run_tests(results: Path) -> tuple[bool, str]:
+    """Run the tests marked gpu; say whether all passed, and what did not."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junit-xml={results}"]
+    done = run(command)
+    lines = [done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-2000:]]
+    for case in ElementTree.parse(results).iter("testcase") if results.exists() else ():
+        for kind in ("failure", "error", "skipped"):
+            found = case.find(kind)
+            if found is not None:
+                why = (found.get("message") or "").splitlines() or [""]
+                lines.append(f"{kind}: {case.get('classname')}::{case.get('name')}: {why[0]}")
+    return done.returncode == 0, fenced("\n".join(lines))
+
+
+def run_bench(spec: str, rows: Path) -> tuple[bool, str]:
+    """Measure at public size; say whether it went through, and the table."""
+    command = [sys.executable, "-m", "vla2cli", "bench", "--spec", spec, "--device", "cuda"]
+    command += [word for name in FRONTENDS for word in ("--frontend", name)]
+    command += [word for name in DTYPES for word in ("--dtype", name)]
+    done = run([*command, "--json", "-o", str(rows)])
+    if done.returncode:
+        return False, fenced(done.stderr)
+    return True, fenced("\n".join(table_lines(read_rows(rows))))
+
+
+def run(command: list[str]) -> "subprocess.CompletedProcess[str]":
+    """Run a command of which the output counts, whatever it ends with."""
+    print(" ".join(command), flush=True)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def fenced(text: str) -> str:
+    """Show text as it is."""
+    return f"```\n{text.rstrip()}\n```"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("report", nargs="?", type=Path, default=Path("gpu-report.md"))
+    parser.add_argument("--spec", default="VideoLLaMA2-7B")
+    arguments = parser.parse_args()
+    sys.exit(main(arguments.report, arguments.spec))
