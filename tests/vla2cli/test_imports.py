@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 HEAVY = {
-    *("torch", "torchvision", "transformers", "timm", "onnxruntime", "decord", "av", "triton"),
-    "matplotlib",
+    *("torch", "torchvision", "transformers", "timm", "decord", "av", "triton", "matplotlib"),
+    *("onnx", "onnxscript", "onnxruntime"),
 }
 CODE = """
 import json, sys
@@ -34,6 +34,8 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
         ["ask", "-h"],
         ["features", "-h"],
         ["bench", "--help"],
+        ["export", "-h"],
+        ["export", "--list"],
     ],
     ids=lambda arguments: " ".join(arguments) or "import",
 )

@@ -88,9 +88,7 @@ def export_frontend(
     with write_aside(folder) as aside:
         for graph in list_graphs(model, connector):
             say(f"exporting {graph.name}.onnx …")
-            path = aside / f"{graph.name}.onnx"
-            _export(graph, path, origin)
-            differences[graph.name] = _check(graph, path, origin.precision)
+            differences[graph.name] = export_graph(graph, aside / f"{graph.name}.onnx", origin)
             say(describe_difference(graph.name, differences[graph.name]))
         manifest = Manifest(
             format=FORMAT,
@@ -103,6 +101,19 @@ def export_frontend(
         )
         manifest.write(aside)
     return manifest
+
+
+def export_graph(graph: Graph, path: Path, origin: Origin) -> Difference:
+    """Write one graph and its tensors, and check it at the sizes it was not traced with.
+
+    Raises:
+        FrontendError: it does not compute what PyTorch does.
+    """
+    if origin.precision == "int8":
+        _trace_and_quantise(graph, path, origin)
+    else:
+        _trace(graph, path, origin)
+    return _check(graph, path, origin.precision)
 
 
 def describe_difference(graph: str, difference: Difference) -> str:
@@ -137,10 +148,7 @@ def write_aside(folder: Path) -> Iterator[Path]:
         raise FrontendError(f"'{folder}' cannot be written: {why(error)}") from error
 
 
-def _export(graph: Graph, path: Path, origin: Origin) -> None:
-    if origin.precision != "int8":
-        _trace(graph, path, origin)
-        return
+def _trace_and_quantise(graph: Graph, path: Path, origin: Origin) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch, _quietly():
         whole = Path(scratch, path.name)
         _trace(graph, whole, origin)
