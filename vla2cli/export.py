@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = opt.epilog(
     f"vla2 export {opt.DEMO_MODEL} {opt.DEMO_HUB}",
-    f"vla2 export {opt.DEMO_MODEL} -o .demo/int8 --precision int8 {opt.DEMO_HUB}",
-    "vla2 export --list",
+    f"vla2 export {opt.DEMO_MODEL} --precision int8 {opt.DEMO_HUB}",
 )
 
 
