@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from vla2_models.fingerprint import default_cache, hash_weights, is_remembered
+from vla2_models.fingerprint import default_cache, hash_files, hash_weights, is_remembered
 
 
 @pytest.fixture
@@ -35,6 +35,14 @@ def test_hash_covers_names_and_contents(files, cache):
     for name, content in (("a.safetensors", b"first"), ("b.safetensors", b"second")):
         total.update(name.encode() + b"\0" + hashlib.sha256(content).hexdigest().encode() + b"\0")
     assert hash_weights(files, cache) == total.hexdigest()
+
+
+def test_each_file_is_hashed_by_itself(files, cache):
+    expected = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    assert hash_files(files, cache) == expected
+    assert is_remembered(files, cache)
+    change_unnoticed(files[0], b"FIRST")
+    assert hash_files(files, cache) == expected
 
 
 def test_order_and_folder_do_not_matter(files, cache, tmp_path):

@@ -189,7 +189,7 @@ def _describe(model: Any, name: str, origin: Origin) -> None:
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
     about = {"graph": name, **asdict(origin), **versions()}
-    model.metadata_props.update({f"vla2.{key}": str(value) for key, value in about.items()})
+    model.metadata_props.update({f"vla2.{key}": value for key, value in about.items() if value})
 
 
 def _check(graph: Graph, path: Path, precision: str) -> Difference:

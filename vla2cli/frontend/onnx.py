@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vla2cli.errors import FrontendError
 from vla2cli.frontend.manifest import Manifest
 from vla2cli.frontend.session import Session
 
@@ -28,7 +29,7 @@ class OnnxFrontend:
         use_tensorrt: on CUDA, run on it what TensorRT can take.
 
     Raises:
-        FrontendError: the folder is no export, or the device cannot be used.
+        FrontendError: the folder is no export, or cannot be run on the device.
     """
 
     def __init__(
@@ -41,6 +42,12 @@ class OnnxFrontend:
     ) -> None:
         self.folder = folder
         self.manifest = Manifest.read(folder)
+        if self.manifest.origin.precision == "int8" and device.type != "cpu":
+            # ONNX Runtime would run them there anyway, with a copy each way, and say nothing
+            raise FrontendError(
+                f"the products of '{folder}' are in int8, which only the CPU has; give "
+                "--precision fp16, or --device cpu"
+            )
         self.device = _with_index(device)
         self.dtype = dtype
         self.sessions = {

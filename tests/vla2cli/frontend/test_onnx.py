@@ -210,6 +210,11 @@ def test_cuda_that_is_not_there_is_one_clear_line(monkeypatch, capfd, use_tensor
     assert capfd.readouterr() == ("", "")
 
 
+def test_int8_on_a_gpu_is_refused_since_it_would_run_on_the_cpu():
+    with pytest.raises(FrontendError, match=r"in int8, which only the CPU has; give --precision"):
+        OnnxFrontend(tiny_export("int8"), torch.device("cuda"), torch.float32)
+
+
 def test_folder_that_is_no_export_is_refused(tmp_path):
     with pytest.raises(FrontendError, match=r"manifest.json' is not the manifest of an export"):
         OnnxFrontend(tmp_path, CPU, torch.float32)
