@@ -196,6 +196,45 @@ def test_sound_of_less_than_a_patch_is_refused():
         tiny_onnx().listen(random_fbank(15))
 
 
+ON_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@pytest.mark.gpu
+@ON_CUDA
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_cuda_computes_what_the_cpu_does(precision):
+    device, atol = torch.device("cuda"), {"fp32": 1e-4, "fp16": 5e-2}[precision]
+    frontend = OnnxFrontend(tiny_export(precision), device, torch.float32)
+    frames, fbank = random_frames(8, 1, 5), random_fbank(398)
+    eager = tiny_av_engine().frontend
+    features = frontend.vision_features(frames)
+    assert {tensor.device.type for tensor in features} == {"cuda"}
+    tokens = frontend.visual_tokens(features)
+    found = [*features, *tokens, *frontend.listen(fbank.to(device))]
+    expected = eager.vision_features(frames)
+    expected += [*eager.visual_tokens(expected), *eager.listen(fbank)]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.cpu(), other, atol=atol, rtol=0)
+
+
+@pytest.mark.gpu
+@ON_CUDA
+def test_input_that_is_still_being_made_on_a_stream_is_waited_for():
+    session = Session(tiny_export() / "connector.onnx", torch.device("cuda", 0))
+    features = torch.randn(1, 8, 16, 48)
+    expected = tiny_av_engine().frontend.visual_tokens([features[0]])[0]
+    for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            late = torch.zeros_like(features, device="cuda")
+            torch.cuda._sleep(100_000_000)  # cycles: some 50 ms
+            late.copy_(features.pin_memory(), non_blocking=True)
+            (tokens,) = session(late)
+            late.zero_()  # which the run must not see
+            found = tokens.clone()
+        stream.synchronize()
+        torch.testing.assert_close(found[0].cpu(), expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
 @pytest.mark.parametrize("use_tensorrt", [False, True], ids=["cuda", "tensorrt"])
 def test_cuda_that_is_not_there_is_one_clear_line(monkeypatch, capfd, use_tensorrt):
