@@ -166,7 +166,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
     """Launch the Triton kernel. Arguments as in `conv3d_silu`."""
     _check(x, weight, bias, padding)
     check_kernel_dtype(x)
-    y = _empty_output(x, weight, padding)
+    y = x.new_empty(_output_shape(x, weight, padding))
     num_clips, T, H, W, C = x.shape
     D = weight.shape[4]
     is_half = x.element_size() == 2
@@ -203,12 +203,15 @@ def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
     """
     _check(x, weight, bias, padding)
     wide = torch.promote_types(x.dtype, torch.float32)
-    y = bias.to(wide).expand(_empty_output(x, weight, padding).shape).contiguous()
+    y = bias.to(wide).repeat(*_output_shape(x, weight, padding)[:4], 1)
     for tap in range(NUM_TAPS):
         digits = (tap // 4, tap // 2 % 2, tap % 2)
         used = [_slices(n, digit, padding) for n, digit in zip(x.shape[1:4], digits)]
         inputs, outputs = zip(*used)
-        y[:, *outputs] += x[:, *inputs] @ weight[digits]
+        block = y[:, *outputs]
+        # rows made contiguous: on a strided view the product would be one GEMM a line of positions
+        rows = x[:, *inputs].reshape(-1, x.shape[4])
+        block += (rows @ weight[digits]).view(block.shape)
     return functional.silu(y, inplace=True).to(x.dtype)
 
 
@@ -221,13 +224,12 @@ def _slices(n: int, digit: int, padding: int) -> tuple[slice, slice]:
     return slice(start, start + 2 * count, 2), slice(first, first + count)
 
 
-def _empty_output(x: Tensor, weight: Tensor, padding: int) -> Tensor:
-    blocks = [(n + 2 * padding) // 2 for n in x.shape[1:4]]
-    return x.new_empty((x.shape[0], *blocks, weight.shape[4]))
+def _output_shape(x: Tensor, weight: Tensor, padding: int) -> tuple[int, ...]:
+    return (x.shape[0], *((n + 2 * padding) // 2 for n in x.shape[1:4]), weight.shape[4])
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
-    return _empty_output(x, weight, padding)
+    return x.new_empty(_output_shape(x, weight, padding))
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> None:

@@ -25,8 +25,8 @@ from vla2_kernels.jit import Kernel, next_power_of_2
 if TYPE_CHECKING:
     import triton.language as tl
 
-TILE_SIZE = 16384  # elements that a program holds at a time: 32 for each thread of 16 warps
-NUM_STEPS = 4  # times a program does so; each halving doubles the partial sums
+TILE_SIZE = 8192  # elements that a program holds at a time: 16 for each thread of 16 warps
+NUM_STEPS = 8  # times a program does so; each halving doubles the partial sums
 
 
 def depthwise_norm_silu_pool(
@@ -133,7 +133,7 @@ def launch(
     check_kernel_dtype(x)
     num_frames, height, width, channels = x.shape
     x = x.contiguous()
-    y = torch.empty_like(x)
+    y = x.new_empty(x.shape)
     block_c = next_power_of_2(channels)
     block_p = min(4, max(1, TILE_SIZE // block_c))
     num_tiles = -(-height * width // (block_p * NUM_STEPS))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -116,7 +115,7 @@ def launch(
     check_kernel_dtype(x)
     num_frames, height, width, channels = x.shape
     x = x.contiguous()
-    y = torch.empty_like(x)
+    y = x.new_empty(x.shape)
     block = next_power_of_2(channels)
     _norm_kernel[(num_frames * height * width,)](
         x,
