@@ -32,6 +32,10 @@ class Outputs:
 
         return stand_in
 
+    def forget(self):
+        """Leave aside what a faulty kernel wrote."""
+        self._buffers.clear()
+
     def assert_nothing_is_written_beside(self):
         for buffer, size in self._buffers:
             assert buffer[:GUARD].isnan().all(), "written before the first element"
