@@ -9,6 +9,7 @@ from tests.kernels.buffers import guarded
 from vla2_kernels import conv3d, depthwise, norm
 
 torch.set_num_threads(1)  # as in tests/tiny.py
+HAS_GPU = torch.cuda.is_available()
 
 # float32 allows for another order of summation; the halves for the rounding of y, twice that for
 # each further rounding of the CPU forms
@@ -36,14 +37,12 @@ class Operator:
         return getattr(self.module, f"{self.name}_reference")
 
     def run(self, place, arguments):
-        """Run it on the tensors of `arguments`, each in the midst of NaN where contiguous."""
+        """Run it; a kernel gets each contiguous tensor in the midst of NaN."""
         if place == "cpu":
             return self.function(*arguments)
-        device = "cuda" if place == "cuda" else "cpu"
-        if torch.cuda.is_available():
-            device = "cuda"
-        moved = [_place(argument, device) for argument in arguments]
-        found = self.module.launch(*moved) if device == "cpu" else self.function(*moved)
+        if place == "kernel":
+            return self.module.launch(*(_amid_nan(argument, "cpu") for argument in arguments))
+        found = self.function(*(_amid_nan(argument, "cuda") for argument in arguments))
         return tuple(t.cpu() for t in found) if isinstance(found, tuple) else found.cpu()
 
     def define(self, arguments):
@@ -90,7 +89,7 @@ def _drawer(shape, dtype):
     return lambda *size: torch.randn(size, generator=generator).to(dtype)
 
 
-def _place(argument, device):
+def _amid_nan(argument, device):
     if not isinstance(argument, torch.Tensor):
         return argument
     moved = argument.to(device)

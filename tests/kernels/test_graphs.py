@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -77,10 +78,14 @@ def test_operators_export_as_one_node_each_for_any_number_of_frames(exported):
     torch.testing.assert_close(exported.module()(x), Tiny()(x))
 
 
-def test_references_take_the_operators_apart_into_pytorchs_own(exported):
+@pytest.fixture(scope="module")
+def apart(exported):
     table = torch.export.default_decompositions()
     table.update({op.overload: op.reference for op in (DEPTHWISE, NORM, CONV3D)})
-    apart = exported.run_decompositions(table)
+    return exported.run_decompositions(table)
+
+
+def test_references_take_the_operators_apart_into_pytorchs_own(apart):
     assert not custom_calls(apart)
     (x, *_) = depthwise_arguments((7, *FRAMES[1:]))
     torch.testing.assert_close(apart.module()(x), Tiny()(x), atol=1e-5, rtol=1e-5)
@@ -106,3 +111,12 @@ def test_unknown_name_is_an_attribute_error():
 
     with pytest.raises(AttributeError, match="has no attribute 'conv4d'"):
         vla2_kernels.conv4d  # noqa: B018  the look-up is the test
+
+
+def test_taken_apart_operators_become_standard_onnx(apart, tmp_path):
+    path = str(tmp_path / "tiny.onnx")
+    torch.onnx.export(apart, dynamo=True).save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (x, *_) = depthwise_arguments((7, *FRAMES[1:]))
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), Tiny()(x), atol=1e-5, rtol=1e-5)
