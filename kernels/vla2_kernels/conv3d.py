@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vla2_kernels.custom import check_input, check_kernel_dtype, check_shape, register_operator
+from vla2_kernels.custom import (
+    check_dtype,
+    check_input,
+    check_kernel_dtype,
+    check_shape,
+    register_operator,
+)
 from vla2_kernels.jit import Kernel
 
 if TYPE_CHECKING:
@@ -43,8 +49,8 @@ def conv3d_silu(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor
         (B, T', H', W', D) contiguous, x.dtype, with n' = (n + 2 padding) // 2; summed in float32.
 
     Raises:
-        ValueError: a shape does not fit, no block is filled, or CUDA is asked for a dtype that it
-            has no kernel for.
+        ValueError: a shape or dtype does not fit, no block is filled, or CUDA is asked for a
+            dtype that it has no kernel for.
     """
     return cast(Tensor, _operator(x, weight, bias, padding))
 
@@ -239,6 +245,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> None:
     if min(x.shape[1:4]) + 2 * padding < 2:
         raise ValueError(f"x of shape {tuple(x.shape)} has no block of 2 x 2 x 2 to convolve")
     check_shape("weight", weight, (2, 2, 2, x.shape[4], weight.shape[-1]), x)
+    check_dtype("weight", weight, x)
     check_shape("bias", bias, (weight.shape[4],), x)
 
 

@@ -17,11 +17,17 @@ def register_operator(
     Args:
         name: of the operator.
         cpu: its implementation in PyTorch's own operators.
-        cuda: the launcher of its Triton kernel.
+        cuda: the launcher of its Triton kernel; Triton launches on the current device, which is
+            made that of the first argument.
         fake: makes empty outputs of the right shapes and dtypes, for tracing.
     """
     operator = torch.library.custom_op(f"vla2::{name}", cpu, mutates_args=(), device_types="cpu")
-    operator.register_kernel("cuda", cuda)
+
+    def on_device(x: Tensor, *others: Any) -> Any:
+        with torch.cuda.device(x.device):
+            return cuda(x, *others)
+
+    operator.register_kernel("cuda", on_device)
     operator.register_fake(fake)
     return operator
 
@@ -37,6 +43,16 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], x: Tensor)
             f"{name} has shape {tuple(tensor.shape)}, expected {expected} to match x of shape "
             f"{tuple(x.shape)}"
         )
+
+
+def check_dtype(name: str, tensor: Tensor, x: Tensor) -> None:
+    """Refuse a tensor that cannot be multiplied with x.
+
+    Raises:
+        ValueError: `tensor` has another dtype.
+    """
+    if tensor.dtype != x.dtype:
+        raise ValueError(f"{name} is {tensor.dtype}, expected {x.dtype} as x is")
 
 
 def check_input(x: Tensor, axes: str) -> None:

@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vla2_kernels.custom import check_input, check_kernel_dtype, check_shape, register_operator
+from vla2_kernels.custom import (
+    check_dtype,
+    check_input,
+    check_kernel_dtype,
+    check_shape,
+    register_operator,
+)
 from vla2_kernels.jit import Kernel, next_power_of_2
 
 if TYPE_CHECKING:
@@ -48,7 +54,8 @@ def depthwise_norm_silu_pool(
         mean: (F, C) float32 (float64 for a float64 x), of y over H and W.
 
     Raises:
-        ValueError: a shape does not fit, or CUDA is asked for a dtype that it has no kernel for.
+        ValueError: a shape or dtype does not fit, or CUDA is asked for a dtype that it has no
+            kernel for.
     """
     return cast(tuple[Tensor, Tensor], _operator(x, weight, norm_weight, norm_bias, eps))
 
@@ -188,6 +195,7 @@ def _check(x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor) ->
     check_input(x, "F H W C")
     channels = x.shape[3]
     check_shape("weight", weight, (3, 3, channels), x)
+    check_dtype("weight", weight, x)
     check_shape("norm_weight", norm_weight, (channels,), x)
     check_shape("norm_bias", norm_bias, (channels,), x)
 

@@ -12,8 +12,8 @@ from typing import Any
 class Kernel:
     """A function that `triton.jit` compiles when it is first launched.
 
-    Its body may use `tl`, which is `triton.language` as in any file of Triton kernels, and other
-    modules' names, but no other function.
+    Its body calls what is in `tl`, which is `triton.language` as in any file of Triton kernels,
+    and no function of its own file: that would be another `Kernel`, which Triton does not know.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:

@@ -60,6 +60,8 @@ def test_conv3d_refuses_what_does_not_fit(place):
         CONV3D.run(place, (x, weight[:, :, :1], bias, 1))
     with pytest.raises(ValueError, match=r"bias has shape \(6,\), expected \(7,\)"):
         CONV3D.run(place, (x, weight, bias[1:], 1))
+    with pytest.raises(ValueError, match=r"weight is torch\.float16, expected torch\.float32"):
+        CONV3D.run(place, (x, weight.half(), bias, 1))
     with pytest.raises(ValueError, match="padding is 2, expected 0 or 1"):
         CONV3D.run(place, (x, weight, bias, 2))
     with pytest.raises(ValueError, match=r"\(2, 1, 5, 7, 5\) has no block of 2 x 2 x 2"):

@@ -65,6 +65,8 @@ def test_depthwise_refuses_what_does_not_fit(place):
     x, weight, gain, shift, eps = depthwise_arguments((2, 5, 3, 37))
     with pytest.raises(ValueError, match=r"weight has shape \(37, 3, 3\), expected \(3, 3, 37\)"):
         DEPTHWISE.run(place, (x, weight.permute(2, 0, 1), gain, shift, eps))
+    with pytest.raises(ValueError, match=r"weight is torch\.float16, expected torch\.float32"):
+        DEPTHWISE.run(place, (x, weight.half(), gain, shift, eps))
     with pytest.raises(ValueError, match=r"norm_bias has shape \(36,\)"):
         DEPTHWISE.run(place, (x, weight, gain, shift[1:], eps))
     with pytest.raises(ValueError, match=r"x has shape \(5, 3, 37\), expected \(F, H, W, C\)"):
