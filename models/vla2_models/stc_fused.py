@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, cast
 
@@ -18,14 +19,31 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vla2_kernels.conv3d import conv3d_silu, relay_conv3d_weight
-from vla2_kernels.depthwise import depthwise_norm_silu_pool, relay_depthwise_weight
-from vla2_kernels.norm import norm_scale_residual_silu
+from vla2_kernels.depthwise import (
+    depthwise_norm_silu_pool,
+    depthwise_norm_silu_pool_reference,
+    relay_depthwise_weight,
+)
+from vla2_kernels.norm import norm_scale_residual_silu, norm_scale_residual_silu_reference
 
 from .stc import STCConnector, grid_side
 from .videollama2 import VideoLLaMA2
 
 MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]  # weight, bias -> layer
 MakeConv = Callable[[nn.Conv3d], nn.Module]  # 3D convolution -> the same with SiLU, channels last
+
+
+@dataclass(frozen=True)
+class Operators:
+    """What a stage computes beside its linear layers."""
+
+    depthwise_norm_silu_pool: Callable[..., tuple[Tensor, Tensor]]
+    norm_scale_residual_silu: Callable[..., Tensor]
+
+
+FUSED = Operators(depthwise_norm_silu_pool, norm_scale_residual_silu)
+# of PyTorch's own operators, for an exporter that knows no others
+PLAIN = Operators(depthwise_norm_silu_pool_reference, norm_scale_residual_silu_reference)
 
 
 def plain_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
@@ -61,18 +79,23 @@ class FusedSTC(nn.Module):
         connector: the plain one, loaded.
         make_linear: what 1x1 convolutions and linear layers become.
         make_conv: what a 3D convolution becomes.
+        operators: the fused ones, or `PLAIN`.
     """
 
     def __init__(
-        self, connector: STCConnector, make_linear: MakeLinear, make_conv: MakeConv
+        self,
+        connector: STCConnector,
+        make_linear: MakeLinear,
+        make_conv: MakeConv,
+        operators: Operators = FUSED,
     ) -> None:
         super().__init__()
         self.design = connector.design
-        self.s1 = _fuse_stage(connector.s1, make_linear)
+        self.s1 = _fuse_stage(connector.s1, make_linear, operators)
         sampler = connector.sampler
         conv = sampler[0]
         self.sampler = make_conv(conv) if isinstance(conv, nn.Conv3d) else ChannelsFirst(sampler)
-        self.s2 = _fuse_stage(connector.s2, make_linear)
+        self.s2 = _fuse_stage(connector.s2, make_linear, operators)
         self.readout = nn.Sequential(
             *(
                 make_linear(layer.weight, layer.bias) if isinstance(layer, nn.Linear) else layer
@@ -95,8 +118,9 @@ class FusedSTC(nn.Module):
 class FusedBlock(nn.Module):
     """One `Bottleneck` of timm's RegNet: 1x1, depthwise 3x3, squeeze and excite, 1x1, shortcut."""
 
-    def __init__(self, block: Any, make_linear: MakeLinear) -> None:
+    def __init__(self, block: Any, make_linear: MakeLinear, operators: Operators) -> None:
         super().__init__()
+        self.operators = operators
 
         def pointwise(conv: nn.Conv2d) -> nn.Module:
             return make_linear(conv.weight.flatten(1), conv.bias)
@@ -113,11 +137,14 @@ class FusedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Turn (F, H, W, C) into (F, H, W, D)."""
-        y = norm_scale_residual_silu(self.conv1(x), *_affine(self.norm1))
-        y, mean = depthwise_norm_silu_pool(y, self.depthwise, *_affine(self.norm2))
-        gate = self.excite(functional.silu(self.squeeze(mean.to(x.dtype)))).sigmoid()
-        y = self.conv3(y.mul_(gate[:, None, None]))
-        return norm_scale_residual_silu(y, *_affine(self.norm3), residual=self.shortcut(x))
+        ops = self.operators
+        y = ops.norm_scale_residual_silu(self.conv1(x), *_affine(self.norm1))
+        y, mean = ops.depthwise_norm_silu_pool(y, self.depthwise, *_affine(self.norm2))
+        # of four axes, since exporters have another operator for two, which int8 cannot be had of
+        mean = mean.to(x.dtype)[:, None, None]
+        gate = self.excite(functional.silu(self.squeeze(mean))).sigmoid()
+        y = self.conv3(y.mul_(gate))
+        return ops.norm_scale_residual_silu(y, *_affine(self.norm3), residual=self.shortcut(x))
 
 
 class KernelConv3d(nn.Module):
@@ -194,10 +221,10 @@ def _kernel_conv(conv: nn.Conv3d) -> nn.Module:
     return KernelConv3d(conv) if is_cube else TapConv3d(conv, plain_linear)
 
 
-def _fuse_stage(stage: nn.Module, make_linear: MakeLinear) -> nn.Module:
+def _fuse_stage(stage: nn.Module, make_linear: MakeLinear, operators: Operators) -> nn.Module:
     if isinstance(stage, nn.Identity):
         return stage
-    return nn.Sequential(*(FusedBlock(block, make_linear) for block in stage.children()))
+    return nn.Sequential(*(FusedBlock(block, make_linear, operators) for block in stage.children()))
 
 
 def _norm(norm: nn.LayerNorm) -> nn.LayerNorm:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
-from torch import Tensor, nn
+from torch import Tensor
 from torch.onnx import OnnxExporterError
 
 from vla2_models.checkpoint import Checkpoint
@@ -67,8 +67,6 @@ def export_frontend(
     folder: Path,
     origin: Origin,
     say: Say,
-    *,
-    connector: nn.Module | None = None,
 ) -> Manifest:
     """Write the graphs of a model and their manifest; where that fails, nothing is left.
 
@@ -77,7 +75,6 @@ def export_frontend(
         folder: what it holds is replaced.
         origin: what the model is, and the precision wanted.
         say: told what is waited for, and how far each graph is from PyTorch.
-        connector: a network that computes what the model's own does, in another way.
 
     Raises:
         FrontendError: a graph does not compute what PyTorch does, or the folder cannot be written.
@@ -86,7 +83,7 @@ def export_frontend(
     itemsize = 2 if origin.precision == "fp16" else 4
     ears = model.config.audio
     with write_aside(folder) as aside:
-        for graph in list_graphs(model, connector):
+        for graph in list_graphs(model):
             say(f"exporting {graph.name}.onnx …")
             differences[graph.name] = export_graph(graph, aside / f"{graph.name}.onnx", origin)
             say(describe_difference(graph.name, differences[graph.name]))
@@ -198,7 +195,7 @@ def _check(graph: Graph, path: Path, precision: str) -> Difference:
     for shape in graph.checks:
         x = graph.sample(shape)
         with torch.inference_mode():
-            expected = graph.module(x)
+            expected = graph.plain(x)
         expected = expected if isinstance(expected, tuple) else (expected,)
         for found, wanted in zip(session(x), expected, strict=True):
             differences.append(_compare(found, wanted, graph.name, precision))

@@ -23,6 +23,8 @@ from torch.export import Dim
 from vla2_models.beats import MEL_MEAN, MEL_STD, BEATs, find_buckets
 from vla2_models.beats_design import MAX_DISTANCE, NUM_MEL_BINS
 from vla2_models.config import CheckpointConfig
+from vla2_models.stc import STCConnector
+from vla2_models.stc_fused import PLAIN, ChannelsFirst, FusedSTC, plain_linear
 from vla2_models.videollama2 import VideoLLaMA2
 
 Shape = tuple[int, ...]
@@ -38,6 +40,7 @@ class Graph:
 
     name: str  # of its file, without suffix
     module: nn.Module
+    plain: nn.Module  # what it has to compute
     input: str
     outputs: tuple[str, ...]
     axes: dict[int, Any]  # of the input; those that vary, and what they are called
@@ -89,12 +92,11 @@ class SoundGraph(nn.Module):
         return features, self.projector(features)
 
 
-def list_graphs(model: VideoLLaMA2, connector: nn.Module | None = None) -> Iterator[Graph]:
+def list_graphs(model: VideoLLaMA2) -> Iterator[Graph]:
     """List what is exported of a model in float32 on the CPU.
 
     Args:
         model: its language model takes no part and may be without weights.
-        connector: a network that computes what the model's does, in another way.
     """
     config, front = model.config, _without_language_model(model)
     side: int = config.vision.image_size  # type: ignore[assignment]  # checked to be a number
@@ -109,9 +111,11 @@ def list_graphs(model: VideoLLaMA2, connector: nn.Module | None = None) -> Itera
         frames = torch.arange(shape[0] * shape[1]) % len(some_features())
         return some_features()[frames].view(shape)
 
+    tower = TowerGraph(front)
     yield Graph(
         name="tower",
-        module=TowerGraph(front),
+        module=tower,
+        plain=tower,
         input="frames",
         outputs=("features",),
         axes={0: "num_frames"},
@@ -122,7 +126,8 @@ def list_graphs(model: VideoLLaMA2, connector: nn.Module | None = None) -> Itera
     fewest, patches = config.connector.min_frames, (config.num_patches, config.mm_hidden_size)
     yield Graph(
         name="connector",
-        module=connector or model.mm_projector,
+        module=_of_linears(model.mm_projector),
+        plain=model.mm_projector,
         input="features",
         outputs=("tokens",),
         axes={0: "num_clips", 1: "num_frames"},
@@ -134,9 +139,11 @@ def list_graphs(model: VideoLLaMA2, connector: nn.Module | None = None) -> Itera
         size = model.audio_tower.design.patch_size
         # more rows than any bucket tells apart: tokens stand in columns of 128 mels
         many = (MAX_DISTANCE * size // NUM_MEL_BINS + 1) * size
+        sound = SoundGraph(model.audio_tower, model.mm_projector_a)
         yield Graph(
             name="sound",
-            module=SoundGraph(model.audio_tower, model.mm_projector_a),
+            module=sound,
+            plain=sound,
             input="fbank",
             outputs=("features", "tokens"),
             axes={0: Dim("num_sounds"), 1: size * Dim("num_slots")},
@@ -159,6 +166,13 @@ def frame_bytes(config: CheckpointConfig, itemsize: int) -> int:
     return (
         itemsize * num_tokens * (attention + 2 * vision.intermediate_size + 6 * vision.hidden_size)
     )
+
+
+def _of_linears(connector: nn.Module) -> nn.Module:
+    """Return a connector whose 1x1 convolutions are matrix products, which int8 can be had of."""
+    if not isinstance(connector, STCConnector):
+        return connector
+    return FusedSTC(connector, plain_linear, lambda conv: ChannelsFirst(connector.sampler), PLAIN)
 
 
 def _without_language_model(model: VideoLLaMA2) -> VideoLLaMA2:

@@ -20,7 +20,7 @@ from vla2_models.fingerprint import hash_files
 from vla2cli import __version__
 from vla2cli.errors import FrontendError
 
-FORMAT = 1  # to be raised with every change to the graphs or to this file
+FORMAT = 2  # to be raised with every change to the graphs or to this file
 MANIFEST = "manifest.json"
 PRECISIONS = ("fp32", "fp16", "int8")
 
