@@ -11,33 +11,29 @@ The names are loaded at their first use, so that `import vla2cli` costs nothing.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "Layout", "Sampling", "ask", "caption", "features"]
+__all__ = ["Engine", "FrontendChoice", "Layout", "Sampling", "ask", "caption", "features"]
 
 if TYPE_CHECKING:
     from vla2cli.api import ask, caption, features
     from vla2cli.engine import Engine
+    from vla2cli.frontend.choice import FrontendChoice
     from vla2cli.layout import Layout
     from vla2cli.plan import Sampling
 
+_HOMES = {
+    "Engine": "engine",
+    "FrontendChoice": "frontend.choice",
+    "Layout": "layout",
+    "Sampling": "plan",
+    **dict.fromkeys(("ask", "caption", "features"), "api"),
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "Engine":
-        from vla2cli.engine import Engine
-
-        return Engine
-    if name == "Layout":
-        from vla2cli.layout import Layout
-
-        return Layout
-    if name == "Sampling":
-        from vla2cli.plan import Sampling
-
-        return Sampling
-    if name in ("ask", "caption", "features"):
-        from vla2cli import api
-
-        return getattr(api, name)
+    if name in _HOMES:
+        return getattr(import_module(f"vla2cli.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'vla2cli' has no attribute '{name}'")

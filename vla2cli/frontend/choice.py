@@ -53,6 +53,8 @@ class FrontendChoice:
                 raise UsageError(
                     f"'{flag}' needs CUDA, and this run is on the {device}; leave it out"
                 )
+        if self.precision == "int8" and device.type == "cuda":
+            raise UsageError("'--precision int8' is for the CPU; give fp16, or '--device cpu'")
 
     def settle(
         self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, say: Say

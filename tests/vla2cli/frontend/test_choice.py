@@ -38,8 +38,10 @@ def test_what_cannot_be_had_is_refused(flags, line):
         FrontendChoice(**flags).check(CPU)
 
 
-def test_on_cuda_all_can_be_had():
+def test_on_cuda_all_but_int8_can_be_had():
     FrontendChoice("onnx", "triton", "fp16", use_tensorrt=True).check(CUDA)
+    with pytest.raises(UsageError, match="'--precision int8' is for the CPU"):
+        FrontendChoice(precision="int8").check(CUDA)
 
 
 def test_without_an_export_auto_is_torch(checkpoint):
