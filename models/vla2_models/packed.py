@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional
+from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPAttention
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
@@ -26,7 +28,7 @@ from .videollama2 import VideoLLaMA2
 
 # the C library gives blocks above 32 MiB back to the system at once, and to touch fresh pages takes
 # longer than what is done to them
-GROUP_BYTES = 24 * 2**20
+GROUP_BYTES = 20 * 2**20
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -97,10 +99,18 @@ class PackedAttention(nn.Module):
         return self.out_proj(attend(q, k, v)), None
 
 
+class InPlaceQuickGELU(nn.Module):
+    """CLIP's activation, x * sigmoid(1.702 x), where x lies: fresh memory would cost more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Overwrite x with its activation."""
+        return functional.silu(x.mul_(1.702), inplace=True).mul_(1 / 1.702)
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, gate: Tensor | None = None
 ) -> Tensor:
-    """Attend head by head, in float32.
+    """Attend head by head, with scores in float32.
 
     PyTorch's own function computes these products by MKL, and those of bfloat16 no faster.
 
@@ -115,15 +125,19 @@ def attend(
         (B, N, H * d), of the dtype of `v`.
     """
     scale = q.shape[-1] ** -0.5
-    q, k = (q.float() * scale).contiguous(), k.float().contiguous()
-    values = v.float().transpose(-1, -2).contiguous()  # (B, H, d, N), as a weight
+    q, k = (
+        tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        for tensor in (q, k)
+    )
+    q.mul_(scale)
+    values = v.transpose(-1, -2).contiguous()  # (B, H, d, N), as a weight
     out = v.new_empty(v.shape[0], v.shape[2], v.shape[1], v.shape[3])
     for row in range(v.shape[0]):
         for head in range(v.shape[1]):
             scores = _product(q[row, head], k[row, head])
             if bias is not None and gate is not None:
                 scores.addcmul_(bias[head], gate[row, head])
-            out[row, :, head] = _product(scores.softmax(-1), values[row, head])
+            out[row, :, head] = _product(scores.softmax(-1).to(v.dtype), values[row, head])
     return out.flatten(2)
 
 
@@ -184,6 +198,7 @@ _REPLACEMENTS: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = {
     nn.Linear: _pack_linear,
     CLIPAttention: PackedAttention,
     SiglipAttention: PackedAttention,
+    QuickGELUActivation: lambda activation: InPlaceQuickGELU(),
     GatedAttention: _pack_gated_attention,
     STCConnector: _pack_connector,
 }
