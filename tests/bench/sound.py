@@ -26,7 +26,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from vla2_models.beats import BEATs
-from vla2_models.beats_design import BEATsDesign
+from vla2_models.sizes import BEATS, LANGUAGE_MODELS, TOWERS
 from vla2_models.sound import SAMPLE_RATE, SoundWindow
 from vla2cli.bench.clip import make_video
 from vla2cli.inputs import Item
@@ -38,34 +38,12 @@ from vla2cli.preprocess import FrameGeometry, fbank
 NUM_FRAMES = 16
 GEOMETRY = FrameGeometry(384, 384, None, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 WINDOW = SoundWindow()
-BEATS = BEATsDesign(
-    patch_size=16,
-    embed_dim=512,
-    hidden_size=768,
-    intermediate_size=3072,
-    num_layers=12,
-    num_heads=12,
-    num_buckets=320,
-    conv_pos=128,
-    conv_pos_groups=16,
-    num_classes=None,
-)
 SIGLIP = SiglipVisionConfig(
-    hidden_size=1152,
-    intermediate_size=4304,
-    num_hidden_layers=26,  # the last of its 27 is not run
-    num_attention_heads=16,
-    image_size=384,
-    patch_size=14,
-    vision_use_head=False,
+    **{**TOWERS["google/siglip-so400m-patch14-384"].config, "num_hidden_layers": 26},
+    vision_use_head=False,  # and the last of its 27 layers is not run
 )
 QWEN2_LAYER = Qwen2Config(
-    hidden_size=3584,
-    intermediate_size=18944,
-    num_hidden_layers=1,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-    vocab_size=8,
+    **{**LANGUAGE_MODELS["Qwen/Qwen2-7B-Instruct"], "num_hidden_layers": 1, "vocab_size": 8}
 )
 VISUAL_TOKENS, AUDIO_TOKENS, WORDS = 1352, 1496, 40
 PRODUCT = 2048  # edge of the matrices that the FLOP/s are measured with
