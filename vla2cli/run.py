@@ -139,6 +139,8 @@ def open_engine(options: RunOptions, console: Console) -> Engine:
     # in a moment, from headers: a wrong folder is refused before the output is touched
     engine.check()
     engine.check_sampling(options.sampling(checkpoint.config.num_frames))
+    if options.dtype == "bfloat16" and engine.device.type == "cpu":
+        _note_bfloat16(engine, console)
     if checkpoint.config.is_demo:
         console.note(
             f"vla2: '{options.model}' is a demonstration model with random weights: its words "
@@ -146,6 +148,13 @@ def open_engine(options: RunOptions, console: Console) -> Engine:
         )
         console.note(f"For real videos: --model {PUBLIC_MODELS[1]}")
     return engine
+
+
+def _note_bfloat16(engine: Engine, console: Console) -> None:
+    from vla2_models.packed import can_pack
+
+    if not can_pack(engine.device, engine.dtype):
+        console.note("this processor has no bfloat16 products: float32 is likely to be faster")
 
 
 def _note_found(found: Found, modality: str, has_ears: bool, console: Console) -> None:

@@ -115,3 +115,9 @@ def test_only_the_cpu_and_its_own_dtypes_are_packed():
     assert not can_pack(CPU, torch.float16)
     assert not can_pack(CPU, torch.float64)
     assert not can_pack(torch.device("cuda"), torch.float32)
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_bfloat16_is_packed_only_where_the_processor_has_it(monkeypatch, has_it):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_it)
+    assert can_pack(CPU, torch.bfloat16) == has_it
