@@ -11,6 +11,7 @@ The names are loaded at their first use, so that `import vla2cli` costs nothing.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from vla2cli.frontend.choice import FrontendChoice
     from vla2cli.layout import Layout
     from vla2cli.plan import Sampling
+
+# ONNX Runtime reports to its maker as soon as it is imported, unless it is told not to
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "Engine": "engine",

@@ -131,7 +131,7 @@ class Engine:
         self.dtype = pick_dtype(dtype, self.device, is_quantised=self.layout.load_in is not None)
         self.layout.check(checkpoint.config.language, self.device)
         self._choice = frontend or FrontendChoice()
-        self._choice.check(self.device)
+        self._choice.check(self.device, checkpoint.config.connector)
         self._say = say
 
     @classmethod
@@ -146,6 +146,7 @@ class Engine:
         dtype: str = "auto",
         layout: Layout | None = None,
         frontend: FrontendChoice | None = None,
+        say: Say = lambda message: None,
     ) -> Engine:
         """Load a checkpoint from a folder or the hub.
 
@@ -158,6 +159,7 @@ class Engine:
             dtype: `auto` (float32 on the CPU, bfloat16 elsewhere), or one of `DTYPES`.
             layout: whether the language model is quantised, or spread over several devices.
             frontend: what runs towers and connector.
+            say: told what is waited for, such as an export.
 
         Raises:
             CheckpointError: the checkpoint is nowhere or not whole.
@@ -165,7 +167,9 @@ class Engine:
         """
         source = Source(Path(hub_dir) if hub_dir else None, offline)
         checkpoint = open_checkpoint(model, source, revision=revision)
-        engine = cls(checkpoint, device=device, dtype=dtype, layout=layout, frontend=frontend)
+        engine = cls(
+            checkpoint, device=device, dtype=dtype, layout=layout, frontend=frontend, say=say
+        )
         engine.load_weights()
         return engine
 

@@ -50,11 +50,12 @@ class Stop:
 
 
 @contextmanager
-def cleaning_up(say: Say) -> Iterator[None]:
+def cleaning_up(say: Say, outcome: str = "nothing was written") -> Iterator[None]:
     """Let work that is ended from outside take away what it has begun, undisturbed.
 
     Args:
-        say: told that nothing was written, and why.
+        say: told what ended it, and the outcome.
+        outcome: what that leaves.
     """
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield
@@ -72,7 +73,7 @@ def cleaning_up(say: Say) -> Iterator[None]:
         yield
     except SystemExit as ended:
         name = signal.Signals(int(str(ended.code)) - 128).name
-        say(f"vla2: ended by {name}; nothing was written")
+        say(f"vla2: ended by {name}; {outcome}")
         raise
     finally:
         for signum, handler in before.items():

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, cast
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
@@ -182,13 +183,15 @@ class TapConv3d(nn.Module):
         """Turn (B, T, H, W, C) into (B, T', H', W', D)."""
         axes = list(zip(x.shape[1:4], self.kernel, self.padding))
         blocks = [(n + 2 * padding) // size for n, size, padding in axes]
-        y = self.bias.expand(x.shape[0], *blocks, -1).clone()
+        # summed in float32: eight sums rounded to bfloat16 lose as much again as their products
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = self.bias.to(wide).expand(x.shape[0], *blocks, -1).clone()
         for offsets, tap in zip(self.offsets, self.taps):
             seen = [_reach(*axis, offset) for axis, offset in zip(axes, offsets)]
             positions, of_blocks = ((slice(None), *slices) for slices in zip(*seen))
             if x[positions].numel():
                 y[of_blocks] += tap(x[positions])
-        return functional.silu(y, inplace=True)
+        return functional.silu(y, inplace=True).to(x.dtype)
 
 
 class ChannelsFirst(nn.Module):

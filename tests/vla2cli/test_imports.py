@@ -1,6 +1,7 @@
 """What a command that only prints may load, and names that other packages own."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +56,11 @@ def test_outer_folders_are_no_packages():
     assert (root / "models/vla2_models").is_dir()
     for name in ("kernels", "models"):
         assert not (root / name / "__init__.py").exists()
+
+
+def test_onnx_runtime_reports_nothing_to_its_maker(tmp_path):
+    code = "import vla2cli.frontend.session, onnxruntime, time; time.sleep(1)"
+    variables = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    variables.pop("ORT_DISABLE_TELEMETRY", None)
+    subprocess.run([sys.executable, "-c", code], check=True, env=variables)
+    assert list(tmp_path.rglob("*onnxruntime*")) == []

@@ -14,6 +14,7 @@ import typer
 from vla2cli import options as opt
 from vla2cli.console import Console, print_data, print_text
 from vla2cli.errors import UsageError, why
+from vla2cli.stop import cleaning_up
 
 if TYPE_CHECKING:
     import torch
@@ -128,8 +129,8 @@ def bench(
     console = Console(quiet=quiet, verbose=verbose)
     as_json = json or (output is None and not sys.stdout.isatty())
     if compare is not None:
-        if model is not None or spec is not None:
-            raise UsageError("--compare reads two files and measures nothing; leave out the model")
+        if any((model, spec, layers, stages, dtype, frontend, frames, video, output, plot)):
+            raise UsageError("--compare reads two files and measures nothing; it stands alone")
         _compare(compare, as_json, console)
         return
     asked = _Asked(model, spec, layers, stages, dtype, frontend, frames, video, repeat, threads)
@@ -142,7 +143,8 @@ def bench(
         check_plot(plot)
     made = asked.make(device, revision, hub_dir, offline, console)
     _note_peak(made, console)
-    rows = _show(made.run(console.note), output, as_json, console)
+    with cleaning_up(console.note, "what is not shown was not measured"):
+        rows = _show(made.run(console.note), output, as_json, console)
     if plot is not None:
         from vla2cli.bench.plot import write_plot
 

@@ -6,6 +6,7 @@ waits for nothing.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,11 +59,24 @@ def _onnx(model: VideoLLaMA2, dtype: str) -> Frontend:
     from vla2cli.frontend.manifest import Origin
     from vla2cli.frontend.onnx import OnnxFrontend
 
-    precision = PRECISIONS[dtype]
-    origin = Origin("bench", None, sha256="", precision=precision, key="")
+    origin = Origin("bench", None, sha256="", precision=PRECISIONS[dtype], key="")
     with tempfile.TemporaryDirectory(prefix="vla2-bench-") as folder:
-        export_frontend(model, Path(folder), origin, lambda message: None)
+        export_frontend(_to_float32_on_cpu(model), Path(folder), origin, lambda message: None)
         return OnnxFrontend(Path(folder), model.device, model.dtype)
+
+
+def _to_float32_on_cpu(model: VideoLLaMA2) -> VideoLLaMA2:
+    """Return the networks as graphs are traced from them, which may be the same ones."""
+    import torch
+
+    if model.device.type == "cpu" and model.dtype == torch.float32:
+        return model
+    front = copy.copy(model)
+    front._modules = {
+        name: part if part is model.language_model else copy.deepcopy(part).to("cpu", torch.float32)
+        for name, part in model.named_children()
+    }
+    return front
 
 
 PRECISIONS = {"float32": "fp32", "float16": "fp16", "int8": "int8"}  # of ONNX graphs

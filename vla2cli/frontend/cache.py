@@ -6,16 +6,19 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from vla2_models.checkpoint import Checkpoint
 from vla2_models.files import UNFINISHED
 from vla2cli.console import Say
-from vla2cli.frontend.onnx import OnnxFrontend
 from vla2cli.frontend.origin import origin_of
 from vla2cli.frontend.store import cache_root, find_problem, held_alone, held_with_others
 from vla2cli.stop import cleaning_up
+
+if TYPE_CHECKING:
+    import torch
+
+    from vla2cli.frontend.onnx import OnnxFrontend
 
 
 def open_frontend(
@@ -33,13 +36,15 @@ def open_frontend(
         checkpoint: from `open_checkpoint`.
         precision: one of `PRECISIONS`.
         device: where it runs.
-        dtype: of its results.
+        dtype: of its tokens.
         say: told what is waited for.
         use_tensorrt: on CUDA, run on it what TensorRT can take.
 
     Raises:
         FrontendError: it cannot be made, kept or run.
     """
+    from vla2cli.frontend.onnx import OnnxFrontend
+
     with cached_export(checkpoint, precision, say) as folder:
         return OnnxFrontend(folder, device, dtype, use_tensorrt=use_tensorrt)
 
@@ -81,6 +86,8 @@ def cached_export(
 
 def find_export(checkpoint: Checkpoint, precision: str, say: Say) -> Path | None:
     """Return the folder of a usable export; None where there is none. It may be gone any time."""
+    if not any(cache_root().glob(f"{precision}-*")):
+        return None  # before the weights are hashed
     folder, key = _place_of(checkpoint, precision, say)
     return folder if find_problem(folder, key, say) is None else None
 

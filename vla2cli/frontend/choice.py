@@ -11,14 +11,16 @@ from torch import Tensor
 
 from vla2cli.errors import UsageError
 from vla2cli.frontend.base import Frontend
+from vla2cli.frontend.manifest import PRECISIONS
 
 if TYPE_CHECKING:
     from vla2_models.checkpoint import Checkpoint
+    from vla2_models.stc import ConnectorDesign
     from vla2_models.videollama2 import VideoLLaMA2
     from vla2cli.console import Say
 
-# what an export has to be in for its tokens to be those of the dtype
-PRECISION_OF = {torch.float32: "fp32", torch.float16: "fp16"}
+# of which dtype's tokens a graph makes
+_DTYPE_OF = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -30,31 +32,36 @@ class FrontendChoice:
     precision: str | None = None  # of the ONNX graphs: fp32, fp16 or int8
     use_tensorrt: bool = False  # for the ONNX graphs, on CUDA
 
-    def check(self, device: torch.device) -> None:
+    def check(self, device: torch.device, connector: ConnectorDesign) -> None:
         """Refuse what cannot be had, before a weight is read.
 
         Raises:
             UsageError: naming the flag and the way out.
         """
-        if self.frontend == "torch":
-            of_onnx = {
-                "--stc onnx": self.stc == "onnx",
-                f"--precision {self.precision}": self.precision is not None,
-                "--tensorrt": self.use_tensorrt,
-            }
-            for flag, is_given in of_onnx.items():
-                if is_given:
-                    raise UsageError(f"'{flag}' is about ONNX graphs; give '--frontend onnx' too")
-        for flag, is_given in (
-            ("--stc triton", self.stc == "triton"),
-            ("--tensorrt", self.use_tensorrt),
-        ):
+        known = {
+            "--frontend": (self.frontend, ("auto", "onnx", "torch")),
+            "--stc": (self.stc, ("auto", "triton", "torch", "onnx")),
+            "--precision": (self.precision, (None, *PRECISIONS)),
+        }
+        for flag, (value, values) in known.items():
+            if value not in values:
+                raise UsageError(f"'{flag} {value}': expected {', '.join(filter(None, values))}")
+        of_onnx = {
+            "--stc onnx": self.stc == "onnx",
+            f"--precision {self.precision}": self.precision is not None,
+            "--tensorrt": self.use_tensorrt,
+        }
+        for flag, is_given in of_onnx.items():
+            if is_given and self.frontend == "torch":
+                raise UsageError(f"'{flag}' is about ONNX graphs; give '--frontend onnx' too")
+        on_cuda = {"--stc triton": self.stc == "triton", "--tensorrt": self.use_tensorrt}
+        for flag, is_given in on_cuda.items():
             if is_given and device.type != "cuda":
-                raise UsageError(
-                    f"'{flag}' needs CUDA, and this run is on the {device}; leave it out"
-                )
+                raise UsageError(f"'{flag}' needs CUDA, and this run is on the {device}")
         if self.precision == "int8" and device.type == "cuda":
             raise UsageError("'--precision int8' is for the CPU; give fp16, or '--device cpu'")
+        if self.stc == "triton" and connector.kernel is None:
+            raise UsageError("'--stc triton': the model's connector has no convolutions")
 
     def settle(
         self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, say: Say
@@ -64,39 +71,41 @@ class FrontendChoice:
         An export that was made before is used where its tokens are those of the dtype; to make one
         takes minutes, and has to be asked for.
         """
-        frontend, precision = self.frontend, self.precision
-        default = PRECISION_OF.get(dtype, "fp16") if device.type == "cuda" else "fp32"
+        frontend = self.frontend
+        # the CPU has no graphs in half precision that are worth it, and CUDA none in bfloat16
+        precision = self.precision or (
+            "fp16" if device.type == "cuda" and dtype != torch.float32 else "fp32"
+        )
         if frontend == "auto":
-            is_asked = precision is not None or self.use_tensorrt or self.stc == "onnx"
-            frontend = "onnx" if is_asked or _has_export(checkpoint, dtype, say) else "torch"
-        stc = frontend if self.stc == "auto" else self.stc
-        is_onnx = frontend == "onnx"
+            is_asked = self.precision is not None or self.use_tensorrt or self.stc == "onnx"
+            is_there = _DTYPE_OF[precision] == dtype and _has_export(checkpoint, precision, say)
+            frontend = "onnx" if is_asked or is_there else "torch"
         return replace(
             self,
             frontend=frontend,
-            stc=stc,
-            precision=precision or default if is_onnx else None,
+            stc=frontend if self.stc == "auto" else self.stc,
+            precision=precision if frontend == "onnx" else None,
         )
 
     @property
     def name(self) -> str:
         """What a record says of a settled choice: `torch`, `onnx-int8`, `onnx+triton`."""
-        precision = "" if self.precision in (None, "fp32") else f"-{self.precision}"
-        return f"{self.frontend}{precision}" + (f"+{self.stc}" if self.stc != self.frontend else "")
+        name = self.frontend
+        if self.precision not in (None, "fp32"):
+            name += f"-{self.precision}"
+        if self.use_tensorrt:
+            name += "-tensorrt"
+        return name if self.stc == self.frontend else f"{name}+{self.stc}"
 
     def open(self, checkpoint: Checkpoint, model: VideoLLaMA2, say: Say) -> Frontend:
         """Open a settled choice on a loaded model; graphs that are not there yet are exported.
 
         Raises:
-            UsageError: the connector has no Triton operators.
             FrontendError: the graphs cannot be made, kept or run.
         """
-        parts = {
-            name: self._open(name, checkpoint, model, say) for name in {self.frontend, self.stc}
-        }
-        if len(parts) == 1:
-            return parts[self.frontend]
-        return TwoFrontends(parts[self.frontend], parts[self.stc])
+        names = dict.fromkeys((self.frontend, self.stc))
+        first, *others = (self._open(name, checkpoint, model, say) for name in names)
+        return TwoFrontends(first, *others) if others else first
 
     def _open(self, name: str, checkpoint: Checkpoint, model: VideoLLaMA2, say: Say) -> Frontend:
         if name == "onnx":
@@ -113,12 +122,7 @@ class FrontendChoice:
             )
         from vla2cli.frontend.pytorch import TorchFrontend
 
-        if name == "torch":
-            return TorchFrontend.fast(model)
-        try:
-            return TorchFrontend.with_triton(model)
-        except ValueError as error:
-            raise UsageError(f"'--stc triton': {error}; give --stc torch") from error
+        return TorchFrontend.fast(model) if name == "torch" else TorchFrontend.with_triton(model)
 
 
 @dataclass(frozen=True)
@@ -144,8 +148,7 @@ class TwoFrontends:
         return self.towers.listen(fbank)
 
 
-def _has_export(checkpoint: Checkpoint, dtype: torch.dtype, say: Say) -> bool:
+def _has_export(checkpoint: Checkpoint, precision: str, say: Say) -> bool:
     from vla2cli.frontend.cache import find_export
 
-    precision = PRECISION_OF.get(dtype)
-    return precision is not None and find_export(checkpoint, precision, say) is not None
+    return find_export(checkpoint, precision, say) is not None

@@ -74,9 +74,26 @@ class Manifest:
             raw["origin"] = Origin(**raw["origin"])
             raw["graphs"] = {name: Difference(**found) for name, found in raw["graphs"].items()}
             raw["files"] = {name: (size, sha256) for name, (size, sha256) in raw["files"].items()}
-            return cls(**raw)
+            manifest = cls(**raw)
+            manifest._check()
+            return manifest
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise FrontendError(f"'{path}' is not the manifest of an export: {error}") from error
+
+    def _check(self) -> None:
+        """Refuse what no export of ours says.
+
+        Raises:
+            ValueError: naming it.
+        """
+        for name in self.files:
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is no file beside it")
+        missing = [name for name in self.graphs if f"{name}.onnx" not in self.files]
+        if missing or not self.graphs:
+            raise ValueError(f"it has no file for {', '.join(missing) or 'any graph'}")
+        if not isinstance(self.versions, dict):
+            raise ValueError("its versions are no object")
 
     def write(self, folder: Path) -> None:
         """Write it into its folder."""

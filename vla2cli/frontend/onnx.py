@@ -25,7 +25,7 @@ class OnnxFrontend:
     Args:
         folder: what `export_frontend` has written.
         device: where it runs, and where its results are.
-        dtype: of its results; inside it computes in the export's precision.
+        dtype: of the tokens; inside it computes in the export's precision.
         use_tensorrt: on CUDA, run on it what TensorRT can take.
 
     Raises:
@@ -62,14 +62,17 @@ class OnnxFrontend:
 
     @torch.inference_mode()
     def vision_features(self, pixel_values: Sequence[Tensor]) -> list[Tensor]:
-        """Run the tower on the frames of several clips, `frames_at_once` of them at a time."""
+        """Run the tower on the frames of several clips, `frames_at_once` of them at a time.
+
+        The features have the graph's dtype, since they mostly go into the next graph.
+        """
         tower = self.sessions["tower"]
         frames = torch.cat(list(pixel_values))
         features = tower.empty(len(frames))
         size = self.frames_at_once
         for start in range(0, len(frames), size):
             tower(frames[start : start + size], into=features[start : start + size])
-        return list(torch.split(features.to(self.dtype), [len(clip) for clip in pixel_values]))
+        return list(torch.split(features, [len(clip) for clip in pixel_values]))
 
     @torch.inference_mode()
     def visual_tokens(self, features: Sequence[Tensor]) -> list[Tensor]:

@@ -19,11 +19,8 @@ class TorchFrontend:
     As it stands it is plain eager PyTorch, which every other front-end is held to.
     """
 
-    def __init__(
-        self, model: VideoLLaMA2, name: str = "torch", *, is_grouped: bool = False
-    ) -> None:
+    def __init__(self, model: VideoLLaMA2, *, is_grouped: bool = False) -> None:
         self.model = model
-        self.name = name
         self.is_grouped = is_grouped  # frames go through the tower a few at a time
 
     @classmethod
@@ -53,7 +50,9 @@ class TorchFrontend:
     @torch.inference_mode()
     def visual_tokens(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Run the connector on the features of several clips, one after the other."""
-        return [self.model.project(clip[None])[0] for clip in features]
+        # another front-end's may be of another dtype
+        clips = (clip.to(self.model.device, self.model.dtype) for clip in features)
+        return [self.model.project(clip[None])[0] for clip in clips]
 
     @torch.inference_mode()
     def listen(self, fbank: Tensor) -> tuple[Tensor, Tensor]:

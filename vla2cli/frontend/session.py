@@ -13,6 +13,8 @@ ours. So a caller sees the order of plain torch.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,14 +125,14 @@ def num_threads() -> int:
 def _open(path: Path, providers: list[tuple[str, dict[str, str]]]) -> Any:
     # a missing library of CUDA is logged, past Python, on the way to a session that lacks it
     onnxruntime.set_default_logger_severity(FATAL)
-    onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL
     options.intra_op_num_threads = num_threads()
     # a thread with nothing to do would spin on a core that the decoding processes could use
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if len(providers) > 1:
-        onnxruntime.preload_dlls()  # torch's CUDA and cuDNN
+        with contextlib.redirect_stdout(sys.stderr):  # where it complains
+            onnxruntime.preload_dlls()  # torch's CUDA and cuDNN
     try:
         # without fallback: it would print to stdout and go on without the device
         return onnxruntime.InferenceSession(path, options, providers=providers, enable_fallback=0)

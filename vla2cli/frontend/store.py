@@ -42,7 +42,7 @@ class Entry:
     @classmethod
     def of(cls, folder: Path, say: Say) -> Entry:
         """Look at a folder, which need not be in the cache."""
-        size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        size_bytes = sum(_size_of(path) for path in folder.rglob("*"))
         if folder.name.startswith(UNFINISHED):
             return cls(folder, None, "unfinished", size_bytes)
         try:
@@ -51,6 +51,13 @@ class Entry:
             return cls(folder, None, str(error), size_bytes)
         problem = _find_stale(manifest) or find_problem(folder, manifest.origin.key, say)
         return cls(folder, manifest, problem, size_bytes)
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except FileNotFoundError:  # being written, or removed, by another process
+        return 0
 
 
 def cache_root() -> Path:
@@ -117,7 +124,7 @@ def find_problem(folder: Path, key: str, say: Say) -> str | None:
 def held_with_others(folder: Path, wait: Callable[[], None]) -> Iterator[None]:
     """Keep others from removing or replacing an export; `wait` as `on_wait` of `locked`."""
     with ExitStack() as stack:
-        with suppress(OSError):  # where no lock can be made, nobody can change anything either
+        with suppress(OSError):  # a cache that is only read: whoever may write it is trusted
             stack.enter_context(locked(_lock_of(folder), is_shared=True, on_wait=wait))
         yield
 

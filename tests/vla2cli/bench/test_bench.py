@@ -306,3 +306,15 @@ def test_dtype_that_no_frontend_computes_is_refused():
 def test_baseline_comes_first_and_once():
     found = pick_variants(["eager"], ["bfloat16", "float32"])
     assert found == [Variant("eager", "float32"), Variant("eager", "bfloat16")]
+
+
+def test_graphs_are_traced_from_float32_whatever_they_run_in():
+    variants = tuple(pick_variants(["onnx"], ["float32", "float16", "int8"]))
+    bench = small_bench(
+        tiny_engine(), stages=("tower", "connector"), variants=variants, num_rounds=1
+    )
+    rows = {row.key: row for row in bench.run()}
+    for stage in ("tower", "connector"):
+        assert rows[stage, "int8", "onnx"].share_of_limit is None
+        assert rows[stage, "float32", "onnx"].share_of_limit > 0
+        assert rows[stage, "float16", "onnx"].ratio_to_eager_fp32 > 0
