@@ -337,7 +337,8 @@ def test_features_are_what_the_engine_gives(vla2, hub_dir, place, tmp_path):
         assert {name: list(tensor.shape) for name, tensor in tensors.items()} == record["tensors"]
         expected = _expected_tensors(engine, EXAMPLES / record["id"], question, choice)
         for name, tensor in expected.items():
-            torch.testing.assert_close(tensors[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+            # plain networks here, packed ones there: as far as both may be from the reference
+            torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=1e-4, msg=name)
 
     files["09.png"].unlink()
     again = features("--tensors", "all", "--question", question, cwd=place)
