@@ -354,7 +354,11 @@ def _open_new(path: Path) -> Iterator[IO[str]]:
     except OSError as error:
         raise UsageError(f"'--output {path}': {why(error)}") from error
     with file:
-        yield file
+        try:
+            yield file
+        finally:
+            if not file.tell():  # the same command is to run again
+                path.unlink(missing_ok=True)
 
 
 def _write_line(file: IO[str], row: Row) -> None:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from vla2_models.files import is_count
 from vla2_models.fingerprint import hash_files
 from vla2cli import __version__
 from vla2cli.errors import FrontendError
@@ -92,8 +93,9 @@ class Manifest:
         missing = [name for name in self.graphs if f"{name}.onnx" not in self.files]
         if missing or not self.graphs:
             raise ValueError(f"it has no file for {', '.join(missing) or 'any graph'}")
-        if not isinstance(self.versions, dict):
-            raise ValueError("its versions are no object")
+        numbers = [self.frame_bytes, *(size for size, _ in self.files.values())]
+        if not isinstance(self.versions, dict) or not all(map(is_count, numbers)):
+            raise ValueError("its versions, sizes or frame_bytes are something else")
 
     def write(self, folder: Path) -> None:
         """Write it into its folder."""

@@ -120,10 +120,14 @@ def exchange(folder):
     shutil.copyfile(folder / "connector.onnx", folder / "tower.onnx")
 
 
+def edit_manifest(folder, **changes):
+    content = json.loads((folder / MANIFEST).read_text(encoding="utf-8")) | changes
+    (folder / MANIFEST).write_text(json.dumps(content), encoding="utf-8")
+
+
 def take_manifest_of_another(folder):
     content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    content["origin"]["key"] = "0" * 64
-    (folder / MANIFEST).write_text(json.dumps(content), encoding="utf-8")
+    edit_manifest(folder, origin=content["origin"] | {"key": "0" * 64})
 
 
 DAMAGES = {
@@ -141,6 +145,25 @@ DAMAGES = {
         r"manifest.json' is not the manifest of an export",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"graphs": {}},
+        {"files": {}},
+        {"files": {"../../x": [1, "a"]}},
+        {"files": {"tower.onnx": ["a", "b"]}},
+        {"frame_bytes": "x"},
+        {"versions": 5},
+    ],
+    ids=str,
+)
+def test_manifest_that_no_export_of_ours_has_is_damage_to_list_and_clean(kept, changes):
+    edit_manifest(kept, **changes)
+    [entry] = list_exports(silence)
+    assert "is not the manifest of an export" in entry.problem
+    assert [found.folder for found in clean_exports(silence)] == [kept]
 
 
 @pytest.mark.parametrize(("damage", "line"), DAMAGES.values(), ids=DAMAGES)
