@@ -15,15 +15,13 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from vla2_models.config import CheckpointConfig
-from vla2_models.loading import build_empty
+from vla2_models.loading import LANGUAGE_MODEL, build_empty
 from vla2_models.public import PublicCheckpoint, public_checkpoints, suggest
 from vla2_models.random_weights import random_state
 from vla2_models.sizes import full_size_config
 from vla2_models.videollama2 import VideoLLaMA2
 from vla2cli.bench.memory import free_bytes
 from vla2cli.errors import ModelError, UsageError
-
-LANGUAGE = "language_model."
 
 
 class Networks:
@@ -47,11 +45,11 @@ class Networks:
 
     def front(self, dtype: torch.dtype) -> VideoLLaMA2:
         """Make towers and connectors; the language model stays on the meta device."""
-        return self._build(lambda name: not name.startswith(LANGUAGE), dtype)
+        return self._build(lambda name: not name.startswith(LANGUAGE_MODEL), dtype)
 
     def language(self, dtype: torch.dtype) -> PreTrainedModel:
         """Make the language model alone."""
-        return self._build(lambda name: name.startswith(LANGUAGE), dtype).language_model
+        return self._build(lambda name: name.startswith(LANGUAGE_MODEL), dtype).language_model
 
     def _build(self, is_wanted: Callable[[str], bool], dtype: torch.dtype) -> VideoLLaMA2:
         model = build_empty(self.config)
