@@ -1,0 +1,1 @@
+"""A drawn world of captioned clips with sound, true by construction."""

@@ -1,0 +1,153 @@
+"""The facts of one clip, drawn by chance: what a caption of it may say.
+
+A clip is a seed and an index, so that the same command makes the same clips, one by one and in any
+order. The splits differ in **combinations**: each object, motion, sound, colour and shape is seen
+in training, but some of their pairs only in the held-out split, and each held-out clip has one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vla2cli.world.vocabulary import (
+    COLOURS,
+    MOTIONS,
+    NUMBERS,
+    OBJECTS,
+    PLACES,
+    SCENES,
+    SHAPES,
+    SOUNDS,
+    TIMES,
+)
+
+SPLITS = ("train", "heldout")
+DURATION_S = 5.0
+
+_OBJECTS, _SHAPES, _COLOURS = list(OBJECTS), list(SHAPES), list(COLOURS)
+_MOTIONS, _SOUNDS = list(MOTIONS), list(SOUNDS)
+# how often each plot is drawn, and shapes among the things; the rest are emoji
+_PLOTS = {"moves": 0.45, "stands": 0.2, "order": 0.2, "count": 0.15}
+_SHAPE_SHARE = 0.35
+_SILENT_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Thing:
+    """Something that is seen."""
+
+    name: str  # of OBJECTS or SHAPES
+    colour: str | None = None  # of COLOURS; None for an object, which has its own colours
+
+    @property
+    def is_shape(self) -> bool:
+        """Whether it is a coloured shape and not an object."""
+        return self.colour is not None
+
+    @property
+    def noun(self) -> str:
+        """Name it as a caption does, without an article."""
+        return f"{self.colour} {self.name}" if self.colour else self.name
+
+    @property
+    def plural(self) -> str:
+        """Name several of it."""
+        return f"{self.colour} {SHAPES[self.name]}" if self.colour else OBJECTS[self.name]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything that is true of a clip and that words may say."""
+
+    plot: str  # moves | stands | order | count
+    things: tuple[Thing, ...]  # two for "order", else one
+    scene: str  # of SCENES
+    motion: str | None = None  # of MOTIONS, for "moves"
+    place: str | None = None  # of PLACES, for "stands"
+    number: int = 1  # of equal things, for "count"
+    sound: str | None = None  # of SOUNDS; None: it is silent
+    time: str | None = None  # of TIMES: when the sound is heard
+
+
+def draw_facts(seed: int, index: int, split: str) -> Facts:
+    """Draw the facts of a clip.
+
+    Args:
+        seed: of the whole collection.
+        index: of the clip in it, from 0.
+        split: `train` or `heldout`.
+
+    Returns:
+        For `train`, facts without a held-out combination; for `heldout`, with at least one.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+    rng = generator(seed, index, split, purpose=0)
+    while True:
+        facts = _draw(rng)
+        if has_held_out(facts) == (split == "heldout"):
+            return facts
+
+
+def has_held_out(facts: Facts) -> bool:
+    """Tell whether a clip has a combination that no training clip has."""
+    objects = [thing.name for thing in facts.things if not thing.is_shape]
+    return (
+        any(is_held_out_shape(thing) for thing in facts.things)
+        or any(is_held_out_motion(name, facts.motion) for name in objects)
+        or any(is_held_out_sound(name, facts.sound) for name in objects)
+    )
+
+
+def is_held_out_motion(name: str, motion: str | None) -> bool:
+    """Tell whether an object never makes this motion in training: one motion of six each."""
+    if motion is None:
+        return False
+    at = _OBJECTS.index(name)
+    return (at + at // len(_MOTIONS)) % len(_MOTIONS) == _MOTIONS.index(motion)
+
+
+def is_held_out_sound(name: str, sound: str | None) -> bool:
+    """Tell whether an object is never seen with this sound in training: one sound of ten each."""
+    if sound is None:
+        return False
+    at = _OBJECTS.index(name)
+    return (3 * at + at // len(_SOUNDS)) % len(_SOUNDS) == _SOUNDS.index(sound)
+
+
+def is_held_out_shape(thing: Thing) -> bool:
+    """Tell whether a shape never has this colour in training: one colour of six each."""
+    if thing.colour is None:
+        return False
+    return _COLOURS.index(thing.colour) == (_SHAPES.index(thing.name) + 1) % len(_COLOURS)
+
+
+def generator(seed: int, index: int, split: str, *, purpose: int) -> np.random.Generator:
+    """Make the generator for one purpose of one clip, so that no purpose moves another's draws."""
+    return np.random.default_rng([seed, SPLITS.index(split), index, purpose])
+
+
+def _draw(rng: np.random.Generator) -> Facts:
+    plot = str(rng.choice(list(_PLOTS), p=list(_PLOTS.values())))
+    first, second = _draw_thing(rng), _draw_thing(rng)
+    while second.name == first.name:
+        second = _draw_thing(rng)
+    sound = None if rng.random() < _SILENT_SHARE else str(rng.choice(_SOUNDS))
+    return Facts(
+        plot=plot,
+        things=(first, second) if plot == "order" else (first,),
+        scene=str(rng.choice(list(SCENES))),
+        motion=str(rng.choice(_MOTIONS)) if plot == "moves" else None,
+        place=str(rng.choice(list(PLACES))) if plot == "stands" else None,
+        number=int(rng.integers(2, len(NUMBERS) + 1)) if plot == "count" else 1,
+        sound=sound,
+        time=None if sound is None else str(rng.choice(list(TIMES))),
+    )
+
+
+def _draw_thing(rng: np.random.Generator) -> Thing:
+    if rng.random() < _SHAPE_SHARE:
+        return Thing(str(rng.choice(_SHAPES)), str(rng.choice(_COLOURS)))
+    return Thing(str(rng.choice(_OBJECTS)))

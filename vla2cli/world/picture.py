@@ -1,0 +1,165 @@
+"""Drawing: a scene's background, and things on it, at any size.
+
+The objects are emoji of Noto Color Emoji (SIL Open Font License 1.1, see `sprites/LICENSE.txt`),
+rendered once into an atlas; shapes and scenes are drawn here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from vla2cli.world.facts import Thing
+from vla2cli.world.staging import Placed
+from vla2cli.world.vocabulary import COLOURS, OBJECTS
+
+ATLAS = Path(__file__).parent / "sprites" / "objects.png"
+ATLAS_COLUMNS = 6
+SPRITE_SIDE = 96
+
+Colour = tuple[float, float, float]
+# scene -> colours of the upper part, from top to horizon, and of the ground, from horizon to bottom
+_GROUNDS: dict[str, tuple[Colour, Colour, Colour, Colour]] = {
+    "meadow": ((120, 180, 235), (190, 220, 245), (110, 180, 80), (70, 140, 50)),
+    "night": ((8, 10, 36), (24, 28, 72), (20, 24, 60), (10, 12, 30)),
+    "room": ((176, 176, 180), (166, 166, 170), (120, 118, 116), (96, 94, 92)),
+    "desert": ((235, 205, 150), (245, 222, 175), (214, 170, 105), (190, 142, 80)),
+    "snow": ((206, 218, 230), (224, 232, 240), (246, 249, 252), (232, 238, 246)),
+    "sea": ((150, 205, 235), (180, 225, 242), (40, 120, 180), (14, 70, 130)),
+}
+
+
+def draw_frame(background: Image.Image, placed: Sequence[Placed]) -> NDArray[np.uint8]:
+    """Draw what is seen at one moment.
+
+    Args:
+        background: (side, side) RGB, left as it is.
+        placed: in the order of drawing.
+
+    Returns:
+        (side, side, 3) RGB.
+    """
+    frame = background.copy()
+    side = frame.width
+    for item in placed:
+        pixels = max(2, round(item.size * side))
+        sprite = _sprite(item.thing).resize((pixels, pixels), Image.Resampling.BICUBIC)
+        corner = (round(item.x * side - pixels / 2), round(item.y * side - pixels / 2))
+        frame.paste(sprite, corner, sprite)
+    return np.asarray(frame)
+
+
+def draw_background(scene: str, side: int, rng: np.random.Generator) -> Image.Image:
+    """Draw a scene without its things: (side, side) RGB, no two quite alike."""
+    horizon = float(rng.uniform(0.45, 0.7))
+    tint = rng.uniform(-10, 10, 3)
+    y = (np.arange(side) + 0.5) / side
+    top, low, near, bottom = (np.array(colour) + tint for colour in _GROUNDS[scene])
+    above = np.clip(y / horizon, 0, 1)[:, None]
+    below = np.clip((y - horizon) / (1 - horizon), 0, 1)[:, None]
+    rows = np.where(
+        (y < horizon)[:, None],
+        top + (low - top) * above,
+        near + (bottom - near) * below,
+    )
+    image = Image.fromarray(
+        np.broadcast_to(rows[:, None], (side, side, 3)).clip(0, 255).astype(np.uint8)
+    )
+    _DETAILS[scene](ImageDraw.Draw(image), side, horizon, rng)
+    return image
+
+
+def _sprite(thing: Thing) -> Image.Image:
+    return _shape(thing.name, thing.colour) if thing.colour else _objects()[thing.name]
+
+
+@cache
+def _objects() -> dict[str, Image.Image]:
+    atlas = Image.open(ATLAS).convert("RGBA")
+    corners = [divmod(i, ATLAS_COLUMNS) for i in range(len(OBJECTS))]
+    boxes = [(c * SPRITE_SIDE, r * SPRITE_SIDE) for r, c in corners]
+    return {
+        name: atlas.crop((x, y, x + SPRITE_SIDE, y + SPRITE_SIDE))
+        for name, (x, y) in zip(OBJECTS, boxes, strict=True)
+    }
+
+
+@lru_cache(maxsize=64)
+def _shape(name: str, colour: str) -> Image.Image:
+    fine = 4 * SPRITE_SIDE  # drawn large and made smaller: that smooths the edges
+    image = Image.new("RGBA", (fine, fine), (0, 0, 0, 0))
+    draw = ImageDraw.Draw(image)
+    fill = (*COLOURS[colour], 255)
+    if name == "circle":
+        draw.ellipse((8, 8, fine - 8, fine - 8), fill=fill)
+    elif name == "square":
+        draw.rectangle((24, 24, fine - 24, fine - 24), fill=fill)
+    else:
+        draw.polygon(_corners(name, fine), fill=fill)
+    return image.resize((SPRITE_SIDE, SPRITE_SIDE), Image.Resampling.LANCZOS)
+
+
+def _corners(name: str, side: int) -> list[tuple[float, float]]:
+    if name == "triangle":
+        return [(side / 2, 16), (side - 8, side - 24), (8, side - 24)]
+    radii = [side / 2 - 4, side * 0.21] * 5
+    angles = [math.pi * i / 5 - math.pi / 2 for i in range(10)]
+    return [
+        (side / 2 + r * math.cos(a), side / 2 + r * math.sin(a))
+        for r, a in zip(radii, angles, strict=True)
+    ]
+
+
+def _blades(draw: ImageDraw.ImageDraw, side: int, horizon: float, rng: np.random.Generator) -> None:
+    for x, y in rng.uniform((0, horizon), (1, 1), (40, 2)) * side:
+        draw.line((x, y, x + side * 0.01, y - side * 0.03), fill=(60, 120, 45), width=_width(side))
+
+
+def _stars(draw: ImageDraw.ImageDraw, side: int, horizon: float, rng: np.random.Generator) -> None:
+    radius = side * 0.004
+    for x, y in rng.uniform((0, 0), (1, horizon), (25, 2)) * side:
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(235, 235, 210))
+
+
+def _boards(draw: ImageDraw.ImageDraw, side: int, horizon: float, rng: np.random.Generator) -> None:
+    top = horizon * side
+    draw.line((0, top, side, top), fill=(80, 78, 76), width=_width(side))
+    for x in (rng.uniform(0, 0.2) + np.arange(6) / 5) * side:
+        draw.line((x, top, side / 2 + (x - side / 2) * 1.6, side), fill=(92, 90, 88))
+
+
+def _dunes(draw: ImageDraw.ImageDraw, side: int, horizon: float, rng: np.random.Generator) -> None:
+    for x, y in rng.uniform((0, horizon), (1, 0.95), (5, 2)) * side:
+        reach = side * 0.18
+        draw.arc((x - reach, y, x + reach, y + side * 0.08), 180, 360, fill=(180, 132, 72))
+
+
+def _flakes(draw: ImageDraw.ImageDraw, side: int, horizon: float, rng: np.random.Generator) -> None:
+    radius = side * 0.006
+    for x, y in rng.uniform((0, 0), (1, horizon), (20, 2)) * side:
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(255, 255, 255))
+
+
+def _waves(draw: ImageDraw.ImageDraw, side: int, horizon: float, rng: np.random.Generator) -> None:
+    for x, y in rng.uniform((0, horizon), (0.9, 1), (14, 2)) * side:
+        draw.line((x, y, x + side * 0.1, y), fill=(150, 200, 230), width=_width(side))
+
+
+def _width(side: int) -> int:
+    return max(1, side // 160)
+
+
+_DETAILS: dict[str, Callable[[ImageDraw.ImageDraw, int, float, np.random.Generator], None]] = {
+    "meadow": _blades,
+    "night": _stars,
+    "room": _boards,
+    "desert": _dunes,
+    "snow": _flakes,
+    "sea": _waves,
+}
