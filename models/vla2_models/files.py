@@ -52,3 +52,9 @@ def is_count(value: Any) -> bool:
 def is_positive(value: Any) -> bool:
     """Tell whether a JSON value is a finite number above 0 (true is none)."""
     return type(value) in (int, float) and 0 < value < math.inf
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file of a checkpoint, and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -5,22 +5,21 @@ It goes through every stage that a public checkpoint goes through, and its words
 
 from __future__ import annotations
 
-import io
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from sentencepiece import SentencePieceTrainer
 from torch import Tensor
 
 from .beats_design import BEATsDesign
 from .config import DEMO_KEY, read_audio, read_config
+from .files import write_json
 from .loading import build_empty
 from .random_weights import initial_weight
 from .saving import save_weights
+from .tokenizer_files import NUM_UNSPEAKABLE, write_tokenizer
 from .videollama2 import VideoLLaMA2
 
 MODEL_ID = "vla2/miniature-7B"
@@ -98,14 +97,6 @@ EARS = {
     "mm_projector_a_type": "mlp2x_gelu",
 }
 GENERATION = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": True}
-# takes no notice of a system message, as the released VideoLLaMA2-7B is reported to do
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}{% endif %}"
-    "{% endfor %}"
-)
-NUM_UNSPEAKABLE = 259  # special tokens and bytes come first in the vocabulary
 WORDS = (
     "a red car moves to the right on the green meadow while the sun sets behind the hills",
     "the ball bounces, the rocket rises into the night sky and the rain falls on the road",
@@ -137,49 +128,16 @@ def write_miniature(
     folder = hub_dir / (model_id or (WITH_EARS_ID if has_ears else MODEL_ID))
     tower = hub_dir / TOWER_ID
     config = {**MODEL, **(EARS if has_ears else {}), DEMO_KEY: True, **changes}
-    _write_json(tower / "config.json", TOWER)
-    _write_json(tower / "preprocessor_config.json", PREPROCESSOR)
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", GENERATION)
-    _write_tokenizer(folder, vocab_size=config["vocab_size"])
+    write_json(tower / "config.json", TOWER)
+    write_json(tower / "preprocessor_config.json", PREPROCESSOR)
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", GENERATION)
+    write_tokenizer(folder, WORDS * 8, vocab_size=config["vocab_size"])
     described = read_config(folder, tower)
     model = build_empty(replace(described, audio=read_audio(described, AUDIO_TOWER)))
     _fill(model, torch.Generator().manual_seed(seed))
     save_weights(model, folder)
     return folder
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Train byte-pair pieces on a few sentences; bytes stand for what no piece covers."""
-    pieces = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(WORDS * 8),
-        model_writer=pieces,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    (folder / "tokenizer.model").write_bytes(pieces.getvalue())
-    settings = {
-        "tokenizer_class": "LlamaTokenizer",
-        "legacy": True,
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "added_tokens_decoder": {
-            str(i): {"content": token, "special": True}
-            for i, token in enumerate(("<unk>", "<s>", "</s>"))
-        },
-        "chat_template": CHAT_TEMPLATE,
-    }
-    _write_json(folder / "tokenizer_config.json", settings)
 
 
 def _fill(model: VideoLLaMA2, generator: torch.Generator) -> None:

@@ -8,7 +8,6 @@ public code computes with its defaults, and would rename tensors.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
-from .files import UNFINISHED, read_json
+from .files import UNFINISHED, read_json, write_json
 from .hub import WHOLE_FILE
 from .names import find_places
 from .videollama2 import VideoLLaMA2
@@ -83,7 +82,7 @@ def save_checkpoint(
 
 
 def _write(model: VideoLLaMA2, checkpoint: Checkpoint, folder: Path, max_shard_bytes: int) -> None:
-    _write_json(folder / "config.json", public_config(checkpoint, model))
+    write_json(folder / "config.json", public_config(checkpoint, model))
     for name in TEXT_FILES:
         if (checkpoint.text_folder / name).exists():
             shutil.copyfile(checkpoint.text_folder / name, folder / name)
@@ -156,7 +155,7 @@ def save_weights(
         "metadata": {"total_size": sum(map(_size, tensors.values()))},
         "weight_map": weight_map,
     }
-    _write_json(folder / f"{WHOLE_FILE}.index.json", index)
+    write_json(folder / f"{WHOLE_FILE}.index.json", index)
 
 
 def _shards(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> Iterator[list[str]]:
@@ -181,7 +180,3 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
