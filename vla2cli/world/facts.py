@@ -131,9 +131,9 @@ def generator(seed: int, index: int, split: str, *, purpose: int) -> np.random.G
 
 def _draw(rng: np.random.Generator) -> Facts:
     plot = str(rng.choice(list(_PLOTS), p=list(_PLOTS.values())))
-    first, second = _draw_thing(rng), _draw_thing(rng)
+    first, second = draw_thing(rng), draw_thing(rng)
     while second.name == first.name:
-        second = _draw_thing(rng)
+        second = draw_thing(rng)
     sound = None if rng.random() < _SILENT_SHARE else str(rng.choice(_SOUNDS))
     return Facts(
         plot=plot,
@@ -147,7 +147,8 @@ def _draw(rng: np.random.Generator) -> Facts:
     )
 
 
-def _draw_thing(rng: np.random.Generator) -> Thing:
+def draw_thing(rng: np.random.Generator) -> Thing:
+    """Draw an object, or a shape of any colour."""
     if rng.random() < _SHAPE_SHARE:
         return Thing(str(rng.choice(_SHAPES)), str(rng.choice(_COLOURS)))
     return Thing(str(rng.choice(_OBJECTS)))

@@ -46,13 +46,18 @@ def draw_frame(background: Image.Image, placed: Sequence[Placed]) -> NDArray[np.
         (side, side, 3) RGB.
     """
     frame = background.copy()
-    side = frame.width
     for item in placed:
-        pixels = max(2, round(item.size * side))
-        sprite = _sprite(item.thing).resize((pixels, pixels), Image.Resampling.BICUBIC)
-        corner = (round(item.x * side - pixels / 2), round(item.y * side - pixels / 2))
+        sprite, corner = _fit(item, frame.width)
         frame.paste(sprite, corner, sprite)
     return np.asarray(frame)
+
+
+def draw_silhouette(item: Placed, side: int) -> NDArray[np.bool_]:
+    """Tell which pixels a thing covers: (side, side)."""
+    sprite, corner = _fit(item, side)
+    silhouette = Image.new("L", (side, side))
+    silhouette.paste(sprite.getchannel("A"), corner)
+    return np.asarray(silhouette) > 127
 
 
 def draw_background(scene: str, side: int, rng: np.random.Generator) -> Image.Image:
@@ -73,6 +78,12 @@ def draw_background(scene: str, side: int, rng: np.random.Generator) -> Image.Im
     )
     _DETAILS[scene](ImageDraw.Draw(image), side, horizon, rng)
     return image
+
+
+def _fit(item: Placed, side: int) -> tuple[Image.Image, tuple[int, int]]:
+    pixels = max(2, round(item.size * side))
+    sprite = _sprite(item.thing).resize((pixels, pixels), Image.Resampling.BICUBIC)
+    return sprite, (round(item.x * side - pixels / 2), round(item.y * side - pixels / 2))
 
 
 def _sprite(thing: Thing) -> Image.Image:
