@@ -37,6 +37,9 @@ class FrameGeometry:
     image_std: tuple[float, float, float]
     rescale_factor: float = 1 / 255
     resample: int = _BICUBIC  # Pillow's number for the filter
+    is_padded: bool = (
+        False  # to a square first, as in upstream's fine-tuning; never when it answers
+    )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "FrameGeometry":
@@ -88,6 +91,8 @@ def fit_frame(image: NDArray[np.uint8], geometry: FrameGeometry) -> NDArray[np.u
     """
     if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"frame has shape {image.shape}, expected (H, W, 3)")
+    if geometry.is_padded:
+        image = expand_to_square(image, geometry.image_mean)
     height, width = _resized_shape(image.shape[0], image.shape[1], geometry)
     resized = Image.fromarray(image).resize((width, height), Image.Resampling(geometry.resample))
     return _crop_centre(np.asarray(resized), geometry.height, geometry.width)

@@ -79,7 +79,7 @@ def build_prompt(
     for text in [*(turn.question for turn in history), question]:
         check_question(text, medium)
     messages = _messages(model_type, placeholder, question, history)
-    text = _render(tokenizer, messages)
+    text = render(tokenizer, messages)
     return Prompt(text, tuple(tokenize(tokenizer, text, placeholder)))
 
 
@@ -104,6 +104,35 @@ def tokenize(tokenizer: Tokenizer, text: str, placeholder: str) -> list[int]:
     return [*tokenizer.encode(before), PLACEHOLDER_IDS[placeholder], *tokenizer.encode(after)]
 
 
+def render(
+    tokenizer: Tokenizer, messages: list[dict[str, str]], *, add_generation_prompt: bool = True
+) -> str:
+    """Write a conversation as the checkpoint's chat template has it.
+
+    Args:
+        tokenizer: the checkpoint's.
+        messages: `role` and `content` of each turn.
+        add_generation_prompt: whether the text ends where an answer begins.
+
+    Raises:
+        ModelError: the template refuses the conversation, or fails.
+    """
+    try:
+        rendered = render_jinja_template(
+            conversations=[messages],
+            chat_template=tokenizer.chat_template,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+        )
+    # the last four: what a template's own arithmetic and look-ups run into
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise ModelError(f"the checkpoint's chat template refuses the prompt: {error}") from error
+    # the texts of all conversations, then spans that were not asked for
+    text: str = rendered[0][0]
+    return text
+
+
 def _messages(
     model_type: str, placeholder: str, question: str, history: Sequence[Turn]
 ) -> list[dict[str, str]]:
@@ -117,20 +146,3 @@ def _messages(
     if model_type in SYSTEM_MODEL_TYPES:
         messages.insert(0, {"role": "system", "content": SYSTEM_MESSAGE})
     return messages
-
-
-def _render(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:
-    try:
-        rendered = render_jinja_template(
-            conversations=[messages],
-            chat_template=tokenizer.chat_template,
-            add_generation_prompt=True,
-            bos_token=tokenizer.bos_token,
-            eos_token=tokenizer.eos_token,
-        )
-    # the last four: what a template's own arithmetic and look-ups run into
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise ModelError(f"the checkpoint's chat template refuses the prompt: {error}") from error
-    # the texts of all conversations, then spans that were not asked for
-    text: str = rendered[0][0]
-    return text

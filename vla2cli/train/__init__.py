@@ -1,0 +1,1 @@
+"""Training: conversations to rows, rows to batches, batches to a loss."""

@@ -1,0 +1,101 @@
+"""The public data format, checked: a JSON list, or JSON Lines, of conversations about files.
+
+    {"id": ..., "video" | "image" | "audio": path, "conversations": [{"from": ..., "value": ...}]}
+
+An entry about a text alone has none of the three keys.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vla2cli.errors import UsageError, why
+from vla2cli.train.conversation import ROLES, Utterance
+
+MEDIA = ("video", "image", "audio")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One conversation of a data file."""
+
+    id: str  # the file's, or its place in the file where it has none
+    medium: str  # video, image, audio or text
+    path: str | None  # relative to the data's folder; None for a text
+    conversation: tuple[Utterance, ...]
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """Read a whole data file.
+
+    Raises:
+        UsageError: it is not in the format; names the file, the entry, counted from 1, and the key.
+    """
+    content = _read(path)
+    if not content:
+        raise UsageError(f"'{path}' has no entry")
+    return [_entry(entry, f"'{path}': entry {i}", i) for i, entry in enumerate(content, 1)]
+
+
+def _read(path: Path) -> list[Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if not text.lstrip().startswith("["):
+            return [_parse(line, path, i) for i, line in _lines(text)]
+        content = json.loads(text)
+    except OSError as error:
+        raise UsageError(f"'{path}' cannot be read: {why(error)}") from error
+    except ValueError as error:
+        raise UsageError(f"'{path}' is not JSON in UTF-8: {error}") from error
+    assert isinstance(content, list)
+    return content
+
+
+def _lines(text: str) -> Iterable[tuple[int, str]]:
+    # not `splitlines`: a string in JSON may hold other line breaks as they are
+    return ((i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
+def _parse(line: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"'{path}': line {number} is not JSON: {error}") from error
+
+
+def _entry(entry: Any, where: str, number: int) -> Entry:
+    if not isinstance(entry, dict):
+        raise UsageError(f"{where} is {entry!r:.80}, expected an object")
+    media = [medium for medium in MEDIA if medium in entry]
+    if len(media) > 1:
+        raise UsageError(f"{where} has both '{media[0]}' and '{media[1]}', expected one of them")
+    path = entry[media[0]] if media else None
+    if media and not (isinstance(path, str) and path):
+        raise UsageError(f"{where}: '{media[0]}' is {path!r:.80}, expected a path")
+    turns = entry.get("conversations")
+    if not isinstance(turns, list):
+        raise UsageError(f"{where}: 'conversations' is {turns!r:.80}, expected a list")
+    return Entry(
+        str(entry.get("id", number)),
+        media[0] if media else "text",
+        path,
+        tuple(
+            _utterance(turn, f"{where}: turn {i} of 'conversations'")
+            for i, turn in enumerate(turns, 1)
+        ),
+    )
+
+
+def _utterance(turn: Any, where: str) -> Utterance:
+    if not isinstance(turn, dict):
+        raise UsageError(f"{where} is {turn!r:.80}, expected an object with 'from' and 'value'")
+    speaker, text = turn.get("from"), turn.get("value")
+    if speaker not in ROLES:
+        raise UsageError(f"{where}: 'from' is {speaker!r:.80}, expected {' or '.join(ROLES)}")
+    if not isinstance(text, str):
+        raise UsageError(f"{where}: 'value' is {text!r:.80}, expected a text")
+    return Utterance(speaker, text)

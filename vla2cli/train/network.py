@@ -1,0 +1,236 @@
+"""The networks as they are trained: a batch in, one loss out.
+
+    frames of all rows -> tower -> connector ─┐
+    sounds of all rows -> audio tower -> ─────┴─ splice -> language model -> loss
+                                                └─ (word targets) -> norm, lm_head -> second loss
+
+Source: upstream VideoLLaMA2@c0bb03a, model/videollama2_arch.py,
+`prepare_inputs_labels_for_multimodal`; the loss is that of transformers' causal language models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from vla2_models.beats_design import NUM_MEL_BINS
+from vla2_models.videollama2 import VideoLLaMA2
+from vla2cli.train.conversation import IGNORED
+from vla2cli.train.media import Media
+from vla2cli.train.splice import Spliced, attention_mask_of, splice_rows
+
+BLANK_ROWS = 16  # of a sound that only keeps the audio tower in step: one row of patches
+
+
+class TrainedNetwork(nn.Module):
+    """A checkpoint's networks with the loss of a batch; what is frozen runs without gradients.
+
+    Args:
+        model: the networks; their `requires_grad` says what is trained.
+    """
+
+    # transformers' Trainer counts the learned tokens of all micro-batches and passes the number
+    accepts_loss_kwargs = True
+
+    def __init__(self, model: VideoLLaMA2) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def _decoder(self) -> nn.Module:
+        # by its accessor, which also finds it where LoRA is wrapped around the language model
+        decoder: nn.Module = self.model.language_model.get_decoder()  # type: ignore[no-untyped-call]  # transformers
+        return decoder
+
+    @property
+    def _head(self) -> nn.Module:
+        head: nn.Module = self.model.language_model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers
+        return head
+
+    def enable_checkpointing(self) -> None:
+        """Keep only the inputs of the language model's and the tower's blocks for backward."""
+        for part in (self.model.language_model, self.model.vision_tower):
+            part.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]  # transformers
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        media: Sequence[Media],
+        segments: Tensor | None = None,
+        word_targets: Sequence[Tensor | None] | None = None,
+        word_weight: float = 0.0,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """Compute the loss of a batch as `Collator` makes it.
+
+        Args:
+            input_ids: (B, L) with one negative id at most in each row.
+            attention_mask: (B, L) bool, False for the padding on the right.
+            labels: (B, L), `IGNORED` where nothing is learned.
+            media: what belongs at each row's placeholder; one object in several rows is encoded
+                once.
+            segments: (B, L), 0 for what a packed row's conversations share, k for conversation k.
+            word_targets: for each row (num_media_tokens, K) words that the media's tokens are to
+                name by themselves, `IGNORED` for none; None for a row without.
+            word_weight: of that second loss, the mean over all words that are given.
+            num_items_in_batch: learned tokens of all micro-batches and processes that make one
+                step; None for those of this batch.
+
+        Returns:
+            `loss`, and `logits` (B, L', V) of the spliced rows when the module is evaluated.
+        """
+        tokens = self._encode(media)
+        spliced = splice_rows(self.model, input_ids, attention_mask, labels, tokens, segments)
+        hidden, router_loss = self._read(spliced)
+        row, position = spliced.learned
+        logits = self._head(hidden[row, spliced.predictors[row, position]])
+        total = functional.cross_entropy(
+            logits.float(), spliced.labels[row, position], reduction="sum"
+        )
+        num_learned = len(row)
+        loss = total / (max(num_learned, 1) if num_items_in_batch is None else num_items_in_batch)
+        # the other losses are means: they count as much as this batch's tokens do in the step
+        share = 1.0 if num_items_in_batch is None else num_learned / num_items_in_batch
+        loss = loss + share * router_loss
+        if word_targets is not None and word_weight:
+            loss = loss + share * word_weight * self._word_loss(tokens, word_targets)
+        loss = loss + self._unused(media)
+        return {"loss": loss} if self.training else {"loss": loss, "logits": self._head(hidden)}
+
+    def _read(self, spliced: Spliced) -> tuple[Tensor, Tensor | float]:
+        """Run the language model without its head; a router's own loss, or 0."""
+        config = self.model.language_model.config
+        routes = bool(getattr(config, "output_router_logits", False))
+        output = self._decoder(
+            inputs_embeds=spliced.inputs_embeds,
+            attention_mask=attention_mask_of(spliced, config),
+            position_ids=spliced.position_ids,
+            use_cache=False,
+            **({"output_router_logits": True} if routes else {}),
+        )
+        if not routes:
+            return output.last_hidden_state, 0.0
+        balance = load_balancing_loss_func(
+            output.router_logits,
+            config.num_local_experts,
+            config.num_experts_per_tok,
+            spliced.attention_mask,
+        )
+        return output.last_hidden_state, config.router_aux_loss_coef * balance
+
+    def _encode(self, media: Sequence[Media]) -> list[Tensor | None]:
+        """Encode what the rows are given: (num_tokens, D) each, the visual ones before the sound's.
+
+        Rows that share an object share its tokens.
+        """
+        different = list({id(medium): medium for medium in media}.values())
+        visual = self._see([m for m in different if m.pixel_values is not None])
+        audio = self._hear([m for m in different if m.fbank is not None])
+        tokens = {}
+        for medium in different:
+            parts = [found[id(medium)] for found in (visual, audio) if id(medium) in found]
+            tokens[id(medium)] = torch.cat(parts) if parts else None
+        return [tokens[id(medium)] for medium in media]
+
+    def _see(self, media: Sequence[Media]) -> dict[int, Tensor]:
+        if not media:
+            return {}
+        model = self.model
+        clips = [medium.pixel_values for medium in media if medium.pixel_values is not None]
+        with _frozen_without_grad(model.vision_tower):
+            frames = torch.cat(clips).to(model.device, model.dtype)
+            features = torch.split(model.encode_frames(frames), [len(clip) for clip in clips])
+            by_length: dict[int, dict[int, Tensor]] = {}
+            for medium, of_clip in zip(media, features, strict=True):
+                of_video = model.repeat_image(of_clip) if medium.is_image else of_clip
+                by_length.setdefault(len(of_video), {})[id(medium)] = of_video
+        tokens: dict[int, Tensor] = {}
+        with _frozen_without_grad(model.mm_projector):
+            for clips_of_length in by_length.values():
+                projected = model.project(torch.stack(list(clips_of_length.values())))
+                tokens |= zip(clips_of_length, projected, strict=True)
+        return tokens
+
+    def _hear(self, media: Sequence[Media]) -> dict[int, Tensor]:
+        if not media:
+            return {}
+        model = self.model
+        if model.audio_tower is None or model.mm_projector_a is None:
+            raise ValueError("the batch has sound, the model has no audio branch")
+        with _frozen_without_grad(model.audio_tower):
+            fbanks = torch.cat([medium.fbank for medium in media if medium.fbank is not None])
+            features = model.encode_sound(fbanks)
+        with _frozen_without_grad(model.mm_projector_a):
+            projected = model.project_sound(features)
+        return dict(zip((id(medium) for medium in media), projected, strict=True))
+
+    def _word_loss(
+        self, tokens: Sequence[Tensor | None], word_targets: Sequence[Tensor | None]
+    ) -> Tensor:
+        pairs = [(t, w) for t, w in zip(tokens, word_targets, strict=True) if w is not None]
+        for media_tokens, words in pairs:
+            found = 0 if media_tokens is None else len(media_tokens)
+            if len(words) != found:
+                raise ValueError(
+                    f"word_targets for {len(words)} tokens of media, there are {found}"
+                )
+        if not pairs:
+            return torch.zeros((), device=self.model.device)
+        media_tokens = torch.cat([t for t, _ in pairs if t is not None])
+        num_words = max(words.shape[1] for _, words in pairs)
+        words = torch.cat(
+            [functional.pad(w, (0, num_words - w.shape[1]), value=IGNORED) for _, w in pairs]
+        ).to(media_tokens.device)
+        is_named = (words != IGNORED).any(1)
+        return self._name(media_tokens[is_named], words[is_named])
+
+    def _name(self, media_tokens: Tensor, words: Tensor) -> Tensor:
+        """Mean cross-entropy of the words that (N, D) tokens are to name, (N, K)."""
+        norm = self._decoder.get_submodule("norm")
+        dtype = next(norm.parameters()).dtype
+        logits = self._head(norm(media_tokens.to(dtype)))
+        log_probs = logits.float().log_softmax(-1)
+        is_word = words != IGNORED
+        named: Tensor = log_probs.gather(1, words.clamp(min=0))[is_word]
+        return -named.sum() / max(named.numel(), 1)
+
+    def _unused(self, media: Sequence[Media]) -> Tensor | float:
+        """Run what is trained and has no input in this batch on blanks, for a gradient of 0.
+
+        Other processes wait for the gradients, and under some for the very call, of each part.
+        """
+        if not self.training:
+            return 0.0
+        model = self.model
+        blanks: list[Tensor] = []
+        if _is_trained(model.vision_tower, model.mm_projector) and not any(
+            medium.pixel_values is not None for medium in media
+        ):
+            size = model.config.vision.image_size
+            assert isinstance(size, int), size
+            frames = torch.zeros(model.config.connector.min_frames, 3, size, size)
+            blanks += self._see([Media(pixel_values=frames)]).values()
+        if _is_trained(model.audio_tower, model.mm_projector_a) and not any(
+            medium.fbank is not None for medium in media
+        ):
+            fbank = torch.zeros(1, BLANK_ROWS, NUM_MEL_BINS)
+            blanks += self._hear([Media(fbank=fbank)]).values()
+        return sum((0.0 * tokens.float().sum() for tokens in blanks), 0.0)
+
+
+def _is_trained(*parts: nn.Module | None) -> bool:
+    return any(p.requires_grad for part in parts if part is not None for p in part.parameters())
+
+
+@contextmanager
+def _frozen_without_grad(part: nn.Module) -> Iterator[None]:
+    # what stands before a frozen part may be trained: only a part with no gradient to pass on
+    with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(part)):
+        yield
