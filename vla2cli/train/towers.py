@@ -1,0 +1,194 @@
+"""The stage before the paper's: both towers learn, from nothing, what each of their patches shows.
+
+The public towers were trained by others on what no one here has. These see crowded pictures of the
+drawn world and hear its sounds; linear heads name the kind, colour and scene of each patch and the
+sound of each moment, and are thrown away afterwards.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from vla2_models.beats_design import NUM_MEL_BINS
+from vla2_models.config import CheckpointConfig
+from vla2_models.videollama2 import VideoLLaMA2
+from vla2cli.preprocess import FrameGeometry, fbank, normalise
+from vla2cli.world.clip import WorldClip
+from vla2cli.world.crowd import COLOUR_NAMES, KINDS, SCENE_NAMES, draw_crowd
+from vla2cli.world.vocabulary import SOUNDS
+
+_SOUND_NAMES = tuple(SOUNDS)
+# classes of each head, and what its loss counts; the sound's head is the audio tower's
+_PICTURE_HEADS = {
+    "kinds": (len(KINDS) + 1, 1.0),
+    "colours": (len(COLOUR_NAMES) + 1, 0.5),
+    "centres": (2, 0.3),
+    "scenes": (len(SCENE_NAMES), 0.1),
+}
+_ROW_S = 0.01  # from one row of the fbank to the next
+_JPEG_SHARE, _JPEG_QUALITY = 0.5, (30, 90)
+_NOISE = 6.0  # at most, in grey levels
+# ears learn ten sounds long before eyes thirty objects: for so many pictures they get a sound
+_PICTURES_PER_SOUND = 4
+
+
+@dataclass(frozen=True)
+class TowerSample:
+    """A picture, for some a sound that has nothing to do with it, and what is in them."""
+
+    pixel_values: Tensor  # (3, S, S) float32
+    kinds: Tensor  # (N,) int64, as are the next two
+    colours: Tensor
+    centres: Tensor
+    scenes: Tensor  # (N,), the same for each patch
+    fbank: Tensor | None = None  # (R, 128) bfloat16
+    sounds: Tensor | None = None  # (rows of patches,) int64, 0 for silence
+
+
+class TowerSamples(Dataset[TowerSample]):
+    """Pictures and sounds of the world, endless but for a given number.
+
+    Args:
+        config: of the checkpoint whose towers learn; it has ears.
+        geometry: of its frames.
+        seed: of the collection.
+        count: how many there are.
+    """
+
+    def __init__(
+        self, config: CheckpointConfig, geometry: FrameGeometry, seed: int, count: int
+    ) -> None:
+        assert config.audio is not None, "the towers' stage trains both of them"
+        self.grid = round(config.num_patches**0.5)
+        self.patch_rows = config.audio.design.patch_size
+        self.geometry, self.seed, self.count = geometry, seed, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> TowerSample:
+        crowd = draw_crowd(self.seed, index, self.geometry.height, self.grid)
+        rng = np.random.default_rng([self.seed, index, 1])
+        pixels = normalise(spoil(crowd.frame[None], rng), self.geometry)[0]
+        kinds, colours, centres = (
+            torch.from_numpy(labels.ravel())
+            for labels in (crowd.kinds, crowd.colours, crowd.centres)
+        )
+        scenes = torch.full((self.grid**2,), crowd.scene)
+        sample = TowerSample(torch.from_numpy(pixels), kinds, colours, centres, scenes)
+        if index % _PICTURES_PER_SOUND:
+            return sample
+        clip = WorldClip(self.seed, index, "train")
+        rows = fbank(clip.track())
+        sounds = torch.from_numpy(self._sounds(clip, len(rows) // self.patch_rows))
+        return replace(sample, fbank=rows, sounds=sounds)
+
+    def _sounds(self, clip: WorldClip, num_rows: int) -> NDArray[np.int64]:
+        if clip.span is None or clip.facts.sound is None:
+            return np.zeros(num_rows, np.int64)
+        middles = (np.arange(num_rows) + 0.5) * self.patch_rows * _ROW_S
+        is_heard = (clip.span[0] <= middles) & (middles < clip.span[1])
+        return is_heard * (_SOUND_NAMES.index(clip.facts.sound) + 1)
+
+
+def spoil(frames: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Damage (T, S, S, 3) frames a little, as a codec does: noise, and half of them JPEG."""
+    noisy = frames + rng.standard_normal(frames.shape, np.float32) * rng.uniform(0, _NOISE)
+    frames = noisy.clip(0, 255).astype(np.uint8)
+    if rng.random() >= _JPEG_SHARE:
+        return frames
+    quality = int(rng.integers(*_JPEG_QUALITY))
+    return np.stack([_as_jpeg(frame, quality) for frame in frames])
+
+
+def _as_jpeg(frame: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file))
+
+
+def collate_towers(samples: Sequence[TowerSample]) -> dict[str, Any]:
+    """Stack samples, one of which has a sound, to what `TowerTask.forward` takes."""
+    batch = {
+        name: torch.stack([getattr(sample, name) for sample in samples])
+        for name in ("pixel_values", *_PICTURE_HEADS)
+    }
+    for name in ("fbank", "sounds"):
+        given = [getattr(sample, name) for sample in samples]
+        batch[name] = torch.stack([tensor for tensor in given if tensor is not None])
+    return {**batch, "labels": batch["kinds"], "skipped": []}
+
+
+class TowerTask(nn.Module):
+    """Both towers of a model with heads that name what their patches show.
+
+    Args:
+        model: the networks; the towers among them are trained.
+    """
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, model: VideoLLaMA2) -> None:
+        super().__init__()
+        assert model.audio_tower is not None, "the towers' stage trains both of them"
+        self.model = model
+        width, ears_width = model.config.mm_hidden_size, model.audio_tower.design.hidden_size
+        self.patches = NUM_MEL_BINS // model.audio_tower.design.patch_size  # of one moment
+        self.norm = nn.LayerNorm(width)
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(width, num) for name, (num, _) in _PICTURE_HEADS.items()}
+        )
+        self.sound_head = nn.Linear(ears_width, len(_SOUND_NAMES) + 1)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        fbank: Tensor,
+        sounds: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        **labels: Tensor,
+    ) -> dict[str, Tensor]:
+        """Compute the sum of all heads' losses, each a mean over patches.
+
+        Args:
+            pixel_values: (B, 3, S, S).
+            fbank: (b, R, 128), b at most B.
+            sounds: (b, rows of patches).
+            num_items_in_batch: learned labels of the whole step, as `transformers.Trainer` counts.
+            labels: (B, N) for each of the picture's heads.
+
+        Returns:
+            `loss`, and for each head its share of right answers where there is something to name.
+        """
+        features = self.norm(self.model.encode_frames(pixel_values))
+        heard = self.model.encode_sound(fbank)
+        logits = {name: head(features) for name, head in self.heads.items()}
+        logits["sounds"] = self.sound_head(heard)
+        truths = {name: labels[name] for name in self.heads}
+        truths["sounds"] = sounds.repeat_interleave(self.patches, dim=1)
+        loss = torch.zeros((), device=features.device)
+        for name, truth in truths.items():
+            weight = _PICTURE_HEADS[name][1] if name in _PICTURE_HEADS else 1.0
+            rows = logits[name].float().flatten(0, 1)
+            loss = loss + weight * functional.cross_entropy(rows, truth.flatten())
+        if num_items_in_batch is not None:
+            loss = loss * (labels["labels"][:, 1:].numel() / num_items_in_batch)
+        if self.training:
+            return {"loss": loss}
+        return {"loss": loss, **{f"{n}_right": _right(logits[n], truths[n]) for n in truths}}
+
+
+def _right(logits: Tensor, truth: Tensor) -> Tensor:
+    is_named = truth > 0
+    return (logits.argmax(-1) == truth)[is_named].float().mean()
