@@ -111,7 +111,7 @@ def pack_rows(rows: Sequence[Row], pack: int) -> list[PackedRow]:
         prefix = list(row.input_ids[:shared])
         learns_prefix = any(label != IGNORED for label in row.labels[:shared])
         if prefix != last or num_segments == pack or learns_prefix:
-            packed.append(PackedRow(prefix, list(row.labels[:shared]), [0] * shared))
+            packed.append(PackedRow(list(prefix), list(row.labels[:shared]), [0] * shared))
             num_segments = 0
             last = None if learns_prefix else prefix
         num_segments += 1

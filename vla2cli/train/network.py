@@ -55,7 +55,9 @@ class TrainedNetwork(nn.Module):
     def enable_checkpointing(self) -> None:
         """Keep only the inputs of the language model's and the tower's blocks for backward."""
         for part in (self.model.language_model, self.model.vision_tower):
-            part.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]  # transformers
+            # transformers renamed it, and warns of the older name
+            enable = getattr(part, "activation_checkpointing_enable", None)
+            (enable or part.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def forward(
         self,
@@ -86,7 +88,7 @@ class TrainedNetwork(nn.Module):
         Returns:
             `loss`, and `logits` (B, L', V) of the spliced rows when the module is evaluated.
         """
-        tokens = self._encode(media)
+        tokens = self.encode(media)
         spliced = splice_rows(self.model, input_ids, attention_mask, labels, tokens, segments)
         hidden, router_loss = self._read(spliced)
         row, position = spliced.learned
@@ -94,13 +96,15 @@ class TrainedNetwork(nn.Module):
         total = functional.cross_entropy(
             logits.float(), spliced.labels[row, position], reduction="sum"
         )
-        num_learned = len(row)
-        loss = total / (max(num_learned, 1) if num_items_in_batch is None else num_items_in_batch)
+        # at least 1: there may be nothing but bad samples in the whole step
+        counted = len(row) if num_items_in_batch is None else num_items_in_batch
+        num_items = torch.as_tensor(counted, device=total.device).clamp(min=1)
+        loss = total / num_items
         # the other losses are means: they count as much as this batch's tokens do in the step
-        share = 1.0 if num_items_in_batch is None else num_learned / num_items_in_batch
+        share = len(row) / num_items
         loss = loss + share * router_loss
         if word_targets is not None and word_weight:
-            loss = loss + share * word_weight * self._word_loss(tokens, word_targets)
+            loss = loss + share * word_weight * self._word_loss(media, tokens, word_targets)
         loss = loss + self._unused(media)
         return {"loss": loss} if self.training else {"loss": loss, "logits": self._head(hidden)}
 
@@ -125,7 +129,7 @@ class TrainedNetwork(nn.Module):
         )
         return output.last_hidden_state, config.router_aux_loss_coef * balance
 
-    def _encode(self, media: Sequence[Media]) -> list[Tensor | None]:
+    def encode(self, media: Sequence[Media]) -> list[Tensor | None]:
         """Encode what the rows are given: (num_tokens, D) each, the visual ones before the sound's.
 
         Rows that share an object share its tokens.
@@ -172,9 +176,14 @@ class TrainedNetwork(nn.Module):
         return dict(zip((id(medium) for medium in media), projected, strict=True))
 
     def _word_loss(
-        self, tokens: Sequence[Tensor | None], word_targets: Sequence[Tensor | None]
+        self,
+        media: Sequence[Media],
+        tokens: Sequence[Tensor | None],
+        word_targets: Sequence[Tensor | None],
     ) -> Tensor:
-        pairs = [(t, w) for t, w in zip(tokens, word_targets, strict=True) if w is not None]
+        # rows that share a medium have its words once, packed or not
+        different = {id(m): pair for m, *pair in zip(media, tokens, word_targets, strict=True)}
+        pairs = [(t, w) for t, w in different.values() if w is not None]
         for media_tokens, words in pairs:
             found = 0 if media_tokens is None else len(media_tokens)
             if len(words) != found:

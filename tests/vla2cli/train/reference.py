@@ -5,8 +5,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from tests.goldens import SHARED, golden, golden_engine
-from vla2_models.loading import load_model
+from tests.goldens import SHARED, golden
 from vla2cli.train.conversation import Utterance
 from vla2cli.train.media import Media
 
@@ -22,10 +21,10 @@ def conversation_of(case, kind):
     return [Utterance(turn["from"], turn["value"]) for turn in turns]
 
 
-def text_of(case, kind):
-    """What the reference made of it by its chat template."""
+def losses_of(case):
+    """The loss of each sample by itself."""
     about = json.loads(golden("data/train_batches.json").read_text(encoding="utf-8"))
-    return about[f"{case}.{kind}"]["chat_text"]
+    return about[f"{case}.batch"]["per_sample_loss"]
 
 
 def batch_of(case):
@@ -48,8 +47,3 @@ def media_of(case):
         pytest.skip(f"no pixels of {case}: set VLA2_SHARED to the folder with golden/")
     video, image = tensors["video.pixel_values"], tensors["image.pixel_values"]
     return [Media(pixel_values=video), Media(pixel_values=image, is_image=True), Media()]
-
-
-def trainable_model(case):
-    """The networks of a case with weights of their own, free to be trained."""
-    return load_model(golden_engine(case).checkpoint).train().requires_grad_(True)
