@@ -25,6 +25,8 @@ from vla2cli.models import models_app
 from vla2cli.options import RunOptions
 from vla2cli.plan import Task
 from vla2cli.run import run_batch
+from vla2cli.train.command import EXAMPLES as TRAIN_EXAMPLES
+from vla2cli.train.command import train
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
@@ -307,6 +309,7 @@ def features(
 app.add_typer(models_app, name="models")
 app.command(epilog=EXPORT_EXAMPLES)(export)
 app.command(epilog=BENCH_EXAMPLES)(bench)
+app.command(epilog=TRAIN_EXAMPLES)(train)
 
 
 @app.command(

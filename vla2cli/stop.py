@@ -15,10 +15,16 @@ ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stop:
-    """SIGINT and SIGTERM during a run: the first ends it after the batch in hand."""
+    """SIGINT and SIGTERM during a run: the first ends it after the batch in hand.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: told so.
+        unit: what is in hand.
+    """
+
+    def __init__(self, console: Console, unit: str = "record") -> None:
         self.console = console
+        self.unit = unit
         self.signum: int | None = None
         self.is_running = False  # until then there is nothing in hand
 
@@ -40,7 +46,7 @@ class Stop:
         if self.is_running and self.signum is None:
             self.signum = signum
             if not self.console.quiet:
-                _say("stopping after the record in hand … (once more to end at once)")
+                _say(f"stopping after the {self.unit} in hand … (once more to end at once)")
             return
         if not self.is_running:
             _say(f"vla2: ended by {signal.Signals(signum).name}; nothing was run")

@@ -1,7 +1,8 @@
 """A checkpoint's folder -> which files hold its weights, told by the files alone.
 
     whole       model.safetensors, or shards with an index: everything, the tower too
-    projector   mm_projector.*: the connector; the language model is that of another folder (-Base)
+    projector   mm_projector.*: the connector; the language model is that of another folder (-Base).
+                The same of sound: mm_projector_a.*, and audio_tower.* where that was trained
     adapter     adapter_model.* and non_lora_trainables.*: LoRA on another folder's model
 
 Tokenizer and generation_config.json are in the folder of the language model. Where no file holds
@@ -44,6 +45,7 @@ from .hub import (
     first_of,
     folders_on_disk,
     locate,
+    part_files,
     whole_names,
 )
 from .names import AUDIO_TOWER_PREFIX, PEFT_PREFIX, TOWER_PREFIX
@@ -154,8 +156,8 @@ def find_form(folder: Path, raw: Mapping[str, Any]) -> str:
         return "adapter"
     # a training run may leave both
     is_tuned = bool(raw.get("tune_mm_mlp_adapter"))
-    has_projector = first_of(folder, PROJECTOR_FILES) is not None
-    return "projector" if has_projector and (is_tuned or not whole_names(folder)) else "whole"
+    has_parts = bool(part_files(folder))
+    return "projector" if has_parts and (is_tuned or not whole_names(folder)) else "whole"
 
 
 def _locate(name: str, source: Source, revision: str | None) -> Located:
@@ -172,13 +174,16 @@ def _find_layers(folder: Path, form: str, source: Source) -> tuple[list[Layer], 
     """Find the files of a checkpoint and of what it builds on, and the folder with its text."""
     if form == "whole":
         return [Layer(_whole_files(folder), {"": ""}, is_own=True)], folder
-    own = first_of(folder, PROJECTOR_FILES if form == "projector" else TRAINABLES_FILES)
-    if own is None:
+    own = part_files(folder)
+    if form == "adapter":
+        trainables = first_of(folder, TRAINABLES_FILES)
+        own = () if trainables is None else (trainables,)
+    if not own:
         raise CheckpointError(
             f"'{folder}' has an adapter but no {TRAINABLES_FILES[1]}, which holds its connector; "
             "fetch it again"
         )
-    layer = Layer((own,), {PEFT_PREFIX: "", "": ""}, is_own=True)
+    layer = Layer(own, {PEFT_PREFIX: "", "": ""}, is_own=True)
     base = _find_base(folder, source)
     base_form = find_form(base, read_json(base / "config.json"))
     if base_form == "adapter" or (base_form, form) == ("projector", "projector"):

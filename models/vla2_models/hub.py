@@ -14,6 +14,12 @@ from .files import read_json
 WHOLE_FILE = "model.safetensors"
 WHOLE_PICKLE = "pytorch_model.bin"
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+# parts that training may leave alone in a folder: with them comes the model they were trained on
+PART_FILES = (
+    PROJECTOR_FILES,
+    ("mm_projector_a.safetensors", "mm_projector_a.bin"),
+    ("audio_tower.safetensors", "audio_tower.bin"),
+)
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TRAINABLES_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
@@ -99,6 +105,12 @@ def folders_on_disk(hub_dir: Path | None) -> dict[str, Path]:
 def first_of(folder: Path, names: Iterable[str]) -> Path | None:
     """Return the first file of these names that the folder has."""
     return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def part_files(folder: Path) -> tuple[Path, ...]:
+    """List the files of connector, audio projector and audio tower that the folder has alone."""
+    found = (first_of(folder, names) for names in PART_FILES)
+    return tuple(path for path in found if path is not None)
 
 
 def shard_names(folder: Path, whole: str = WHOLE_FILE) -> list[str]:
@@ -256,7 +268,7 @@ def _is_whole_checkpoint(folder: Path) -> bool:
     elif first_of(folder, ADAPTER_FILES):
         trainables = first_of(folder, TRAINABLES_FILES)
         needed = [ADAPTER_CONFIG, trainables.name if trainables else TRAINABLES_FILES[0]]
-    elif first_of(folder, PROJECTOR_FILES):
+    elif part_files(folder):
         needed = []
     else:
         return False

@@ -136,7 +136,7 @@ def write_miniature(
     described = read_config(folder, tower)
     model = build_empty(replace(described, audio=read_audio(described, AUDIO_TOWER)))
     _fill(model, torch.Generator().manual_seed(seed))
-    save_weights(model, folder)
+    save_weights(model.state_dict(), folder)
     return folder
 
 

@@ -11,10 +11,11 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -59,6 +60,19 @@ def save_checkpoint(
         CheckpointError: the folder is not empty, or cannot be written.
     """
     check_folder(folder)
+    fill_folder(folder, lambda aside: _write(model, checkpoint, aside, max_shard_bytes))
+
+
+def fill_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let a checkpoint be written aside and appear in a folder as a whole, config.json last.
+
+    Args:
+        folder: is made; what it holds under other names stays, a config.json of before goes first.
+        write: is given an empty folder to write into.
+
+    Raises:
+        CheckpointError: the folder cannot be written; nothing of the checkpoint is in it then.
+    """
     is_new = not folder.exists()
     moved: list[Path] = []
     try:
@@ -66,7 +80,8 @@ def save_checkpoint(
         try:
             # within the folder itself, which may be a link or a disk of its own
             with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as aside:
-                _write(model, checkpoint, Path(aside), max_shard_bytes)
+                write(Path(aside))
+                (folder / "config.json").unlink(missing_ok=True)
                 # without a config.json the folder is no checkpoint: it comes last
                 for path in sorted(Path(aside).iterdir(), key=lambda p: p.name == "config.json"):
                     moved.append(path.replace(folder / path.name))
@@ -82,11 +97,17 @@ def save_checkpoint(
 
 
 def _write(model: VideoLLaMA2, checkpoint: Checkpoint, folder: Path, max_shard_bytes: int) -> None:
-    write_json(folder / "config.json", public_config(checkpoint, model))
+    dtype = model.language_model.lm_head.weight.dtype
+    write_json(folder / "config.json", public_config(checkpoint, dtype))
+    copy_text_files(checkpoint, folder)
+    save_weights(model.state_dict(), folder, max_shard_bytes=max_shard_bytes)
+
+
+def copy_text_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy the tokenizer and the settings of generation, as far as there are any."""
     for name in TEXT_FILES:
         if (checkpoint.text_folder / name).exists():
             shutil.copyfile(checkpoint.text_folder / name, folder / name)
-    save_weights(model, folder, max_shard_bytes=max_shard_bytes)
 
 
 def check_folder(folder: Path) -> None:
@@ -113,8 +134,8 @@ def check_folder(folder: Path) -> None:
         raise CheckpointError(f"'{folder}' cannot be written: '{above}' takes no files")
 
 
-def public_config(checkpoint: Checkpoint, model: VideoLLaMA2) -> dict[str, Any]:
-    """Return the checkpoint's config.json as it reads for a whole model."""
+def public_config(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the checkpoint's config.json as it reads for a whole model of that dtype."""
     raw = read_json(checkpoint.folder / "config.json")
     # weights that were loaded are no longer quantised
     for key in ("quantization_config", "dtype", "rope_parameters"):
@@ -123,7 +144,7 @@ def public_config(checkpoint: Checkpoint, model: VideoLLaMA2) -> dict[str, Any]:
     config = {
         **raw,
         "rope_theta": rope.pop("rope_theta"),
-        "torch_dtype": str(model.language_model.lm_head.weight.dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),
         "tune_mm_mlp_adapter": False,
     }
     if rope.get("rope_type", "default") != "default":
@@ -133,10 +154,9 @@ def public_config(checkpoint: Checkpoint, model: VideoLLaMA2) -> dict[str, Any]:
 
 
 def save_weights(
-    model: VideoLLaMA2, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+    state: Mapping[str, Tensor], folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Write the weights under the names of the public checkpoints, with an index if sharded."""
-    state = model.state_dict()
+    """Write a `VideoLLaMA2.state_dict()` as public checkpoints are, with an index if sharded."""
     # safetensors has no two names for one tensor: a copy is one
     tensors = {
         name: place.of(state).clone() if place.is_copy else place.of(state)

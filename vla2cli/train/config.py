@@ -1,0 +1,358 @@
+"""What a training run is told: a YAML file, and settings that go before it.
+
+A key that is not given has the value of the stage (see `stages.STAGES`), or the default here. An
+unknown key and a value of a wrong kind are refused before anything is opened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from vla2_models.errors import one_line
+from vla2_models.files import is_count
+from vla2cli.errors import UsageError, why
+from vla2cli.train.conversation import Form
+from vla2cli.train.stages import LANGUAGE_MODEL, PARTS, STAGES, Stage
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+FORMS = get_args(Form)
+SAVES = ("auto", "full", "projector")
+ASPECT_RATIOS = (None, "pad")
+# what of a run may change when it goes on: none of it changes the weights by more than rounding
+FREE_KEYS = ("log_steps", "save_steps", "workers", "per_device_batch", "gradient_checkpointing")
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One JSON file of samples."""
+
+    file: str
+    folder: str | None = None  # what its paths start from; None: the file's own folder
+    weight: float = 1.0  # how often a sample is seen in one epoch
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter on the linear layers of the language model; the numbers are the scripts'."""
+
+    r: int = 128
+    alpha: float = 256
+    dropout: float = 0.05
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run, nothing left to the stage."""
+
+    model: str  # folder or hub id: of a VideoLLaMA 2, or of the language model to begin from
+    stage: str
+    output: str  # folder
+    train: tuple[str, ...]  # of `PARTS`
+    form: Form
+    learning_rate: float
+    batch: int  # samples of one step, over all devices
+    per_device_batch: int  # of these, samples that one device takes at a time
+    epochs: float
+    image_aspect_ratio: str | None
+    va: bool  # whether the sound of videos is heard
+    data: tuple[DataFile, ...] = ()
+    max_steps: int | None = None  # goes before epochs
+    projector_learning_rate: float | None = None  # of both projectors; None: as the rest
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_length: int = 2048  # tokens of a text, without those of its medium
+    pack: int = 1  # conversations about one medium that share its tokens
+    num_frames: int | None = None  # None: as the model has it
+    precision: str = "auto"  # float32 on the CPU, bfloat16 elsewhere
+    gradient_checkpointing: bool = True
+    lora: Lora | None = None
+    quantize: str | None = None  # 4bit: the language model below an adapter
+    connector: str | None = None  # mm_projector_type; another than the model's begins anew
+    vision_tower: str | None = None  # where `model` is a language model
+    audio_tower: str | None = None  # BEATs, for a model without ears; its projector begins anew
+    save: str = "auto"  # projector: the small parts alone; full: the whole model
+    seed: int = 42
+    save_steps: int = 500
+    log_steps: int = 1
+    workers: int = 2  # processes that read samples; 0: none beside the training itself
+    deepspeed: str | Mapping[str, Any] | None = None  # as `TrainingArguments` takes it
+    fsdp: str | Mapping[str, Any] | None = None  # the same: `fsdp_config`
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, as JSON has them."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file and join it with `key=value` settings that go before it.
+
+    Args:
+        path: the file.
+        overrides: such as `batch=8` or `lora.r=16`; the value is YAML.
+
+    Raises:
+        UsageError: naming the key, the value and what was expected.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UsageError(f"'{path}' cannot be read: {why(error)}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"'{path}' is not YAML: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"'{path}' holds no settings; expected lines like 'stage: joint'")
+    for override in overrides:
+        _set(content, override)
+    try:
+        return make_config(content)
+    except UsageError as error:
+        raise UsageError(f"'{path}': {error}") from error
+
+
+def make_config(content: Mapping[str, Any]) -> TrainConfig:
+    """Make a configuration of settings, the stage's in the place of those not given.
+
+    Raises:
+        UsageError: naming the key, the value and what was expected.
+    """
+    values = {str(key): value for key, value in content.items()}
+    _check_keys(values, [field.name for field in fields(TrainConfig)], "setting")
+    for key in ("model", "stage", "output"):
+        if values.get(key) is None:
+            raise UsageError(f"no {key} is given")
+    for key, (is_kind, wanted) in KINDS.items():
+        if values.get(key) is not None and not is_kind(values[key]):
+            raise UsageError(f"{key} is {_shown(values[key])}, expected {wanted}")
+    if values["stage"] not in STAGES:
+        hint = _near(values["stage"], STAGES)
+        known = ", ".join(STAGES)
+        raise UsageError(f"stage is {_shown(values['stage'])}, expected one of {known}{hint}")
+    stage = STAGES[values["stage"]]
+    config = TrainConfig(**{**_stage_values(stage), **_typed(values)})
+    if "batch" in values and "per_device_batch" not in values:
+        smaller = min(config.batch, config.per_device_batch)
+        config = dataclasses.replace(config, per_device_batch=smaller)
+    _check(config)
+    return config
+
+
+def _stage_values(stage: Stage) -> dict[str, Any]:
+    return {
+        "train": stage.trained,
+        "form": stage.form,
+        "learning_rate": stage.learning_rate,
+        "batch": stage.batch,
+        "per_device_batch": stage.per_device_batch,
+        "epochs": stage.epochs,
+        "image_aspect_ratio": stage.image_aspect_ratio,
+        "va": stage.va,
+    }
+
+
+def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Give values their types; what is null is not given, but for what may be none."""
+    typed = {key: value for key, value in values.items() if value is not None}
+    if "image_aspect_ratio" in values:
+        typed["image_aspect_ratio"] = values["image_aspect_ratio"]
+    if "train" in typed:
+        typed["train"] = tuple(typed["train"])
+    if "data" in typed:
+        typed["data"] = tuple(map(_data_file, typed["data"]))
+    if "lora" in typed:
+        # `lora: true` is the scripts' adapter, `lora: false` none
+        typed["lora"] = _lora(typed["lora"])
+    for key in ("learning_rate", "projector_learning_rate"):
+        if key in typed:
+            typed[key] = _number(typed[key])
+    return typed
+
+
+def _data_file(entry: Mapping[str, Any]) -> DataFile:
+    _check_keys(entry, [field.name for field in fields(DataFile)], "setting of data")
+    for key, (is_kind, wanted) in DATA_KINDS.items():
+        if entry.get(key) is not None and not is_kind(entry[key]):
+            raise UsageError(f"{key} of data is {_shown(entry[key])}, expected {wanted}")
+    if entry.get("file") is None:
+        raise UsageError(f"data has an entry without a file: {_shown(entry)}")
+    return DataFile(**{key: value for key, value in entry.items() if value is not None})
+
+
+def _lora(value: bool | Mapping[str, Any]) -> Lora | None:
+    if isinstance(value, bool):
+        return Lora() if value else None
+    _check_keys(value, [field.name for field in fields(Lora)], "setting of lora")
+    for key, (is_kind, wanted) in LORA_KINDS.items():
+        if key in value and not is_kind(value[key]):
+            raise UsageError(f"{key} of lora is {_shown(value[key])}, expected {wanted}")
+    return Lora(**value)
+
+
+def _check(config: TrainConfig) -> None:
+    if config.batch % config.per_device_batch:
+        raise UsageError(
+            f"batch is {config.batch}, no multiple of per_device_batch {config.per_device_batch}"
+        )
+    if config.lora is not None and LANGUAGE_MODEL not in config.train:
+        raise UsageError(
+            f"lora trains an adapter of the language model, which stage {config.stage} keeps "
+            "frozen; take video-finetune or joint, or name it under train"
+        )
+    if config.quantize is not None and config.lora is None:
+        raise UsageError("quantize is 4bit, but weights of 4 bits cannot be trained; add lora")
+    if config.save == "full" and config.quantize is not None:
+        raise UsageError("save is full, but a language model of 4 bits cannot be; leave save out")
+    if config.save == "projector" and LANGUAGE_MODEL in config.train:
+        raise UsageError("save is projector, but the language model is trained; leave save out")
+    if config.deepspeed is not None and config.fsdp is not None:
+        raise UsageError("deepspeed and fsdp exclude each other; give one")
+
+
+def _set(content: dict[str, Any], override: str) -> None:
+    """Put a `key=value` setting into the content of a file."""
+    name, separator, text = override.partition("=")
+    keys = [key.strip().replace("-", "_") for key in name.split(".")]
+    if not separator or not all(keys):
+        raise UsageError(f"'--set {override}': expected key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"'--set {override}': {one_line(error)}") from error
+    for key in keys[:-1]:
+        below = content.get(key)
+        content[key] = dict(below) if isinstance(below, dict) else {}
+        content = content[key]
+    content[keys[-1]] = value
+
+
+def _check_keys(values: Mapping[str, Any], known: Collection[str], what: str) -> None:
+    for key in values:
+        if key not in known:
+            raise UsageError(f"'{key}' is no {what}{_near(key, known)}")
+
+
+def _near(name: object, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)[:100]
+
+
+def _number(value: Any) -> float:
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    # YAML reads 1e-3 as text
+    try:
+        return not isinstance(value, bool) and math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def _is_rate(value: Any) -> bool:
+    return _is_number(value) and float(value) > 0
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and _is_number(value) and value > 0
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and _is_number(value) and 0 <= value < 1
+
+
+def _is_number_from_0(value: Any) -> bool:
+    return isinstance(value, int | float) and _is_number(value) and value >= 0
+
+
+def _is_from_1(value: Any) -> bool:
+    return is_count(value) and value >= 1
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _one_of(*allowed: str | None) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value in allowed, "one of " + ", ".join(map(str, allowed))
+
+
+def _is_parts(value: Any) -> bool:
+    is_list = isinstance(value, list | tuple) and bool(value)
+    return is_list and all(part in PARTS for part in value)
+
+
+def _is_entries(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+
+
+Kind = tuple[Callable[[Any], bool], str]  # whether a value is one, and what one is in words
+
+_COUNT: Kind = (_is_from_1, "a whole number from 1")
+_TEXT: Kind = (_is_text, "a text")
+_SWITCH: Kind = (_is_bool, "true or false")
+_FILE_OR_TABLE: Kind = (
+    lambda value: _is_text(value) or isinstance(value, dict),
+    "a file, or its content",
+)
+
+KINDS: Mapping[str, Kind] = {
+    "model": _TEXT,
+    "output": _TEXT,
+    "train": (_is_parts, f"a list of {', '.join(PARTS)}"),
+    "form": _one_of(*FORMS),
+    "learning_rate": (_is_rate, "a number above 0"),
+    "projector_learning_rate": (_is_rate, "a number above 0"),
+    "batch": _COUNT,
+    "per_device_batch": _COUNT,
+    "epochs": (_is_positive, "a number above 0"),
+    "max_steps": _COUNT,
+    "image_aspect_ratio": _one_of(*ASPECT_RATIOS),
+    "va": _SWITCH,
+    "data": (_is_entries, "a list of {file, folder, weight}"),
+    "warmup_ratio": (_is_share, "a number from 0 to below 1"),
+    "weight_decay": (_is_number_from_0, "a number from 0"),
+    "max_length": _COUNT,
+    "pack": _COUNT,
+    "num_frames": _COUNT,
+    "precision": _one_of(*PRECISIONS),
+    "gradient_checkpointing": _SWITCH,
+    "lora": (lambda value: isinstance(value, bool | dict), "{r, alpha, dropout}, true or false"),
+    "quantize": _one_of("4bit"),
+    "connector": _TEXT,
+    "vision_tower": _TEXT,
+    "audio_tower": _TEXT,
+    "save": _one_of(*SAVES),
+    "seed": (is_count, "a whole number from 0"),
+    "save_steps": _COUNT,
+    "log_steps": _COUNT,
+    "workers": (is_count, "a whole number from 0"),
+    "deepspeed": _FILE_OR_TABLE,
+    "fsdp": _FILE_OR_TABLE,
+}
+DATA_KINDS: Mapping[str, Kind] = {
+    "file": _TEXT,
+    "folder": _TEXT,
+    "weight": (_is_positive, "a number above 0"),
+}
+LORA_KINDS: Mapping[str, Kind] = {
+    "r": _COUNT,
+    "alpha": (_is_positive, "a number above 0"),
+    "dropout": (_is_share, "a number from 0 to below 1"),
+}

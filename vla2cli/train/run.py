@@ -1,0 +1,252 @@
+"""`vla2 train` without its flags: from a configuration to a checkpoint for `vla2 --model`."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vla2_models.checkpoint import Checkpoint
+from vla2_models.config import CheckpointConfig
+from vla2_models.files import read_json, write_json
+from vla2_models.hub import Source
+from vla2_models.loading import build_empty, load_model
+from vla2_models.videollama2 import VideoLLaMA2
+from vla2cli.console import Console
+from vla2cli.engine import read_geometry
+from vla2cli.errors import UsageError
+from vla2cli.layout import Layout
+from vla2cli.tokenizer import load_tokenizer
+from vla2cli.train.collate import Collator
+from vla2cli.train.config import FREE_KEYS, TrainConfig
+from vla2cli.train.lora import add_adapter, find_targets
+from vla2cli.train.media import MediaReader
+from vla2cli.train.network import TrainedNetwork
+from vla2cli.train.samples import DataFile, SampleDataset
+from vla2cli.train.save import check_form, form_of, save_trained
+from vla2cli.train.stages import freeze_all_but
+from vla2cli.train.start import open_start
+from vla2cli.train.trainer import (
+    OnStep,
+    Trained,
+    count_steps,
+    named_trained,
+    run_training,
+    uses_bfloat16,
+)
+
+RECORD = "train.json"  # in the run's folder: the configuration that it was begun with
+
+
+@dataclass(frozen=True)
+class Student:
+    """A network that is ready to be trained, and what it began from."""
+
+    config: TrainConfig
+    checkpoint: Checkpoint
+    network: TrainedNetwork
+    targets: list[str]  # kinds of layers that an adapter is on
+
+    def save(self, trained: Trained) -> None:
+        """Write what training came to, as `save_trained`; on the first process alone."""
+        if not trained.is_first:
+            return
+        dtype = torch.bfloat16 if uses_bfloat16(self.config) else torch.float32
+        prefix = "model."  # of `TrainedNetwork`
+        state = {name.removeprefix(prefix): tensor for name, tensor in trained.state.items()}
+        save_trained(self.config, self.checkpoint, state, dtype, self.targets)
+
+
+def train(
+    config: TrainConfig,
+    source: Source,
+    console: Console,
+    *,
+    on_step: OnStep | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Trained:
+    """Train on files of samples, and save; a run that was ended goes on from its checkpoint.
+
+    Raises:
+        UsageError: the configuration does not fit the model, the data, or the run in its folder.
+        CheckpointError: the model cannot be read, or the folder not be written.
+    """
+    if not config.data:
+        raise UsageError("no data is given; expected a list of {file, folder, weight}")
+    check_record(config)
+    checkpoint = open_start(config, source)
+    check_form(config, checkpoint)
+    dataset, collator = read_data(config, checkpoint)
+    write_record(config)
+    student = make_student(config, checkpoint)
+    trained = run_training(
+        config,
+        student.network,
+        dataset,
+        collator,
+        console,
+        on_step=on_step,
+        should_stop=should_stop,
+    )
+    if trained.is_finished:
+        student.save(trained)
+    return trained
+
+
+def make_student(config: TrainConfig, checkpoint: Checkpoint) -> Student:
+    """Load a network, freeze what the configuration does not train, and add an adapter.
+
+    What is trained is float32. What is frozen is bfloat16 where products are, unless FSDP or
+    DeepSpeed holds all together in one dtype.
+    """
+    is_half = uses_bfloat16(config)
+    model = _load(config, checkpoint, is_half)
+    freeze_all_but(model, config.train)
+    targets = find_targets(model.language_model)
+    if config.lora is not None:
+        add_adapter(model.language_model, config.lora, config.seed)
+    is_sharded = config.fsdp is not None or config.deepspeed is not None
+    frozen = torch.bfloat16 if is_half and not is_sharded else torch.float32
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
+    network = TrainedNetwork(model)
+    if config.gradient_checkpointing:
+        network.enable_checkpointing()
+    return Student(config, checkpoint, network, targets)
+
+
+_CPU = torch.device("cpu")
+
+
+def _load(config: TrainConfig, checkpoint: Checkpoint, is_half: bool) -> VideoLLaMA2:
+    if config.quantize is not None:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else _CPU
+        layout = Layout(load_in=config.quantize)
+        layout.check(checkpoint.config.language, device)
+        return layout.load(checkpoint, torch.bfloat16 if is_half else torch.float32, device)
+    # an adapter is merged in float32; otherwise nothing is copied that is cast next
+    return load_model(checkpoint, dtype=torch.float32 if checkpoint.adapter else None)
+
+
+def read_data(config: TrainConfig, checkpoint: Checkpoint) -> tuple[SampleDataset, Collator]:
+    """Read the files of samples, and make what turns them into batches.
+
+    Raises:
+        UsageError: a file is not in the format.
+    """
+    tokenizer = load_tokenizer(checkpoint.text_folder)
+    geometry = replace(read_geometry(checkpoint), is_padded=config.image_aspect_ratio == "pad")
+    audio = checkpoint.config.audio
+    reader = MediaReader(
+        geometry,
+        config.num_frames or checkpoint.config.num_frames,
+        window=None if audio is None else audio.window,
+        hears_videos=config.va,
+    )
+    files = [
+        DataFile(Path(entry.file), entry.weight, Path(entry.folder or Path(entry.file).parent))
+        for entry in config.data
+    ]
+    dataset = SampleDataset(
+        files, tokenizer, reader, form=config.form, pack=config.pack, seed=config.seed
+    )
+    # any id fills rows up: a mask hides it
+    return dataset, Collator(tokenizer.eos_token_id, config.max_length, config.pack)
+
+
+def describe(config: TrainConfig, source: Source) -> dict[str, Any]:
+    """Tell what a run would train, on what, and for how long; nothing is written or trained.
+
+    Raises:
+        UsageError, CheckpointError: as `train`.
+    """
+    check_record(config)
+    # new parts are written to be loaded, and here to be thrown away
+    with tempfile.TemporaryDirectory(prefix="vla2-train-") as aside:
+        checkpoint = open_start(replace(config, output=aside), source)
+        check_form(config, checkpoint)
+        parts = _count_parameters(config, checkpoint.config)
+        dataset = read_data(config, checkpoint)[0] if config.data else None
+    files = {} if dataset is None else dict(zip((e.file for e in config.data), dataset.counts))
+    steps = None if dataset is None else count_steps(config, len(dataset))
+    return {
+        "stage": config.stage,
+        "train": list(config.train),
+        "form": config.form,
+        "parameters": parts,
+        "samples": files,
+        "samples_per_epoch": None if dataset is None else len(dataset),
+        "steps": steps,
+        "save": form_of(config),
+        "config": config.as_dict(),
+    }
+
+
+def _count_parameters(
+    config: TrainConfig, checkpoint_config: CheckpointConfig
+) -> dict[str, dict[str, int]]:
+    model = build_empty(checkpoint_config)
+    freeze_all_but(model, config.train)
+    if config.lora is not None:
+        add_adapter(model.language_model, config.lora, config.seed)
+    trained = _count(dict(named_trained(model)))
+    return {
+        part: {"trained": trained[part], "all": total}
+        for part, total in _count(dict(model.named_parameters())).items()
+    }
+
+
+def _count(parameters: Mapping[str, nn.Parameter]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for name, parameter in parameters.items():
+        counts[name.partition(".")[0]] += parameter.numel()
+    return counts
+
+
+def is_done(config: TrainConfig) -> bool:
+    """Tell whether a run with these settings has come to its end, and is saved.
+
+    Raises:
+        UsageError: its folder holds something else.
+    """
+    check_record(config)
+    return (Path(config.output) / "config.json").exists()
+
+
+def check_record(config: TrainConfig) -> None:
+    """Refuse to go on with a run that was begun with other settings.
+
+    Raises:
+        UsageError: naming the first that differs.
+    """
+    folder = Path(config.output)
+    path = folder / RECORD
+    if not path.exists():
+        if (folder / "config.json").exists():
+            raise UsageError(f"output '{folder}' holds a model already; give a new folder")
+        return
+    begun, wanted = read_json(path), config.as_dict()
+    for key in wanted:
+        if key not in FREE_KEYS and begun.get(key) != wanted[key]:
+            raise UsageError(
+                f"output '{folder}' was begun with {key} {json.dumps(begun.get(key))}, not "
+                f"{json.dumps(wanted[key])}; give a new folder"
+            )
+
+
+def write_record(config: TrainConfig) -> None:
+    """Write down the settings of a run, where that is not done yet."""
+    path = Path(config.output) / RECORD
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, config.as_dict())
