@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -48,6 +48,14 @@ class DataFile:
 
     path: Path
     weight: float = 1.0  # times in an epoch; of 0.5, two epochs see each entry once
+    folder: Path = Path()  # what the paths in it are relative to
+
+    def read(self) -> list[Entry]:
+        """Read the entries, their media's paths with the folder before them."""
+        return [
+            entry if entry.path is None else replace(entry, path=str(self.folder / entry.path))
+            for entry in read_entries(self.path)
+        ]
 
 
 class SampleDataset(Dataset["Sample | Skipped"]):
@@ -55,7 +63,6 @@ class SampleDataset(Dataset["Sample | Skipped"]):
 
     Args:
         files: at least one.
-        folder: what the paths in them are relative to.
         tokenizer: of the checkpoint that is trained.
         reader: reads the media.
         form: how conversations are written, see `vla2cli.train.conversation`.
@@ -69,7 +76,6 @@ class SampleDataset(Dataset["Sample | Skipped"]):
     def __init__(
         self,
         files: Sequence[DataFile],
-        folder: Path,
         tokenizer: Tokenizer,
         reader: MediaReader,
         *,
@@ -78,7 +84,7 @@ class SampleDataset(Dataset["Sample | Skipped"]):
         seed: int = 0,
     ) -> None:
         self.tokenizer, self.reader, self.form, self.seed = tokenizer, reader, form, seed
-        self._groups = [group_entries(read_entries(file.path), pack) for file in files]
+        self._groups = [group_entries(file.read(), pack) for file in files]
         self._weights = [file.weight for file in files]
         for file, groups in zip(files, self._groups):
             if not (math.isfinite(file.weight) and round(len(groups) * file.weight) >= 1):
@@ -86,8 +92,13 @@ class SampleDataset(Dataset["Sample | Skipped"]):
                     f"'{file.path}': a weight of {file.weight!r} leaves none of its "
                     f"{len(groups)} samples"
                 )
-        self._folder = folder
         self.set_epoch(0)
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples of each file in one epoch."""
+        pairs = zip(self._groups, self._weights, strict=True)
+        return [round(len(groups) * weight) for groups, weight in pairs]
 
     def set_epoch(self, epoch: int) -> None:
         """Choose and order the samples of an epoch, counted from 0."""
@@ -123,7 +134,7 @@ class SampleDataset(Dataset["Sample | Skipped"]):
         path = group[0].path
         # nothing is decoded for nobody
         is_needed = path is not None and bool(learned)
-        file = MediaFile(str(self._folder / str(path)), group[0].medium) if is_needed else None
+        file = MediaFile(str(path), group[0].medium) if is_needed else None
         return _Draft(tuple(learned), tuple(skipped), file)
 
 
