@@ -3,6 +3,7 @@
 import atexit
 import functools
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -71,6 +72,15 @@ def tiny_language_model(family, dtype=torch.float32, **changes):
 def write_tiny(hub_dir, **changes):
     """Write a checkpoint of one's own under `hub_dir`; return its folder."""
     return write_miniature(hub_dir, **({"num_hidden_layers": 1, "hidden_size": 32} | changes))
+
+
+def write_with_tower(folder, **changes):
+    """Write a checkpoint whose tower lies inside its own folder, so that nothing else is needed."""
+    with tempfile.TemporaryDirectory() as hub_dir:
+        written = write_tiny(Path(hub_dir), mm_vision_tower="./clip-tower", **changes)
+        shutil.copytree(written, folder, dirs_exist_ok=True)
+        shutil.copytree(tower_of(written), folder / "clip-tower")
+    return folder
 
 
 def open_tiny(folder):

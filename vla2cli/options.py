@@ -96,7 +96,13 @@ Config = Annotated[
 
 # the model
 Model = Annotated[
-    str | None, _option("--model", "-m", help="Checkpoint: a folder or a hub id (owner/name).")
+    str | None,
+    _option(
+        "--model",
+        "-m",
+        help="Checkpoint: a folder, a hub id (owner/name), or builtin, the demonstration model.",
+        show_default="builtin",
+    ),
 ]
 Revision = Annotated[
     str | None, _option("--revision", help="Commit, tag or branch of a model on the hub.")

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 LONG_BYTES = 1e9  # reading more takes seconds: say so
 NOUNS = {"caption": "caption", "ask": "answer", "features": "feature file"}
-PUBLIC_MODELS = ("DAMO-NLP-SG/VideoLLaMA2-7B", "DAMO-NLP-SG/VideoLLaMA2-7B-16F")
+PUBLIC_MODEL = "DAMO-NLP-SG/VideoLLaMA2.1-7B-16F"  # for who has none
 
 RunRecords = Callable[[Job, Sequence[Work], Callable[[], bool]], Iterator[Record]]
 
@@ -112,20 +112,21 @@ def open_engine(options: RunOptions, console: Console) -> Engine:
     """Find the model and check all its files; its weights are not read yet.
 
     Raises:
-        UsageError: none was named, or it has no ears for the modality asked for.
+        UsageError: none was named and none is built in, or it has no ears for the modality asked
+            for.
     """
-    if options.model is None:
-        raise UsageError(
-            f"no model: give --model FOLDER, or a hub id like --model {PUBLIC_MODELS[0]}"
-        )
-    console.note(f"loading '{options.model}' …")
+    model = options.model
+    if model is None:
+        model = _default_model(console)
+    else:
+        console.note(f"loading '{model}' …")
     from vla2_models.checkpoint import open_checkpoint
     from vla2cli.engine import Engine
     from vla2cli.frontend.choice import FrontendChoice
     from vla2cli.layout import Layout
 
     source = open_source(options.hub_dir, options.offline, console)
-    checkpoint = open_checkpoint(options.model, source, revision=options.revision)
+    checkpoint = open_checkpoint(model, source, revision=options.revision)
     layout = Layout(options.load_in, options.device_map)
     frontend = FrontendChoice(options.frontend, options.stc, options.precision, options.tensorrt)
     engine = Engine(
@@ -141,13 +142,30 @@ def open_engine(options: RunOptions, console: Console) -> Engine:
     engine.check_sampling(options.sampling(checkpoint.config.num_frames))
     if options.dtype == "bfloat16" and engine.device.type == "cpu":
         _note_bfloat16(engine, console)
-    if checkpoint.config.is_demo:
+    if checkpoint.config.is_demo and options.model is not None:
         console.note(
-            f"vla2: '{options.model}' is a demonstration model with random weights: its words "
-            "mean nothing."
+            f"vla2: '{model}' is a demonstration model: what it says of real videos means nothing."
         )
-        console.note(f"For real videos: --model {PUBLIC_MODELS[1]}")
+        _note_public_model(console)
     return engine
+
+
+def _default_model(console: Console) -> str:
+    """Name the built-in model, and say that it was taken."""
+    from vla2_models.hub import BUILTIN, has_builtin
+
+    if not has_builtin():
+        raise UsageError(f"no model: give --model FOLDER, or a hub id like --model {PUBLIC_MODEL}")
+    console.note(
+        "vla2: no --model given: using the built-in demonstration model; it knows only its own "
+        "drawn world."
+    )
+    _note_public_model(console)
+    return BUILTIN
+
+
+def _note_public_model(console: Console) -> None:
+    console.note(f"For real videos: vla2 caption … --model {PUBLIC_MODEL}")
 
 
 def _note_bfloat16(engine: Engine, console: Console) -> None:

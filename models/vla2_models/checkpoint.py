@@ -6,7 +6,7 @@
     adapter     adapter_model.* and non_lora_trainables.*: LoRA on another folder's model
 
 Tokenizer and generation_config.json are in the folder of the language model. Where no file holds
-the vision tower, its own folder does.
+the vision tower, its own folder does, which may lie inside the checkpoint's.
 
 Source: upstream VideoLLaMA2@c0bb03a, model/__init__.py `load_pretrained_model`, which goes by the
 folder's name and leaves the tower of the two small forms random.
@@ -42,9 +42,11 @@ from .hub import (
     WHOLE_PICKLE,
     Located,
     Source,
+    Wanted,
     first_of,
     folders_on_disk,
     locate,
+    own_tower,
     part_files,
     whole_names,
 )
@@ -136,14 +138,13 @@ def open_checkpoint(
             f"'{folder}' holds a model of type {raw.get('model_type')!r}, "
             "expected a VideoLLaMA 2 checkpoint (videollama2_…)"
         )
-    tower = locate(tower_name(folder, raw), source, wanted=TOWER)
-    config = read_config(folder, tower.folder)
+    config = read_config(folder, _tower_folder(tower_name(folder, raw), folder, source, TOWER))
     form = find_form(folder, raw)
     layers, text_folder = _find_layers(folder, form, source)
     if not allow_pickles:
         _refuse_whole_pickles(folder, layers)
     if not any(_holds_tower(layer) for layer in layers):
-        layers.append(_tower_layer(config.mm_vision_tower, source))
+        layers.append(_tower_layer(config, source))
     if audio_tower_name(folder, raw) is not None:
         config = replace(config, audio=read_audio(config, _audio_design(folder, layers)))
     adapter = first_of(folder, ADAPTER_FILES)
@@ -278,8 +279,13 @@ def _audio_design(folder: Path, layers: Sequence[Layer]) -> BEATsDesign:
         raise CheckpointError(f"'{folder}': {error}") from error
 
 
-def _tower_layer(name: str, source: Source) -> Layer:
-    folder = locate(name, source, wanted=TOWER_WITH_WEIGHTS).folder
+def _tower_folder(name: str, folder: Path, source: Source, wanted: Wanted) -> Path:
+    return own_tower(name, folder) or locate(name, source, wanted=wanted).folder
+
+
+def _tower_layer(config: CheckpointConfig, source: Source) -> Layer:
+    name = config.mm_vision_tower
+    folder = _tower_folder(name, config.folder, source, TOWER_WITH_WEIGHTS)
     path = first_of(folder, (WHOLE_FILE, WHOLE_PICKLE))
     if path is None:
         raise CheckpointError(

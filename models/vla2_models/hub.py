@@ -1,4 +1,7 @@
-"""Where a checkpoint's folder is: a path, a local hub folder, the hub cache, or the hub itself."""
+"""Where a checkpoint's folder is: a path, a local hub folder, the hub cache, or the hub itself.
+
+The name `builtin` means the model that ships with this package, wherever one stands.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from pathlib import Path
 
 from .errors import CheckpointError, describe
 from .files import read_json
+
+BUILTIN = "builtin"
+BUILTIN_FOLDER = Path(__file__).with_name(BUILTIN)
 
 # how the parts of a model are named on disk; the first that is there counts
 WHOLE_FILE = "model.safetensors"
@@ -22,6 +28,7 @@ PART_FILES = (
 )
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+TOWER_FACTS = ("config.json", "preprocessor_config.json")  # what describes a vision tower
 TRAINABLES_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 
 
@@ -61,7 +68,7 @@ def locate(
     """Find the folder of `name`, fetching it when it is only on the hub.
 
     Args:
-        name: a folder, or a hub id such as `DAMO-NLP-SG/VideoLLaMA2-7B`.
+        name: a folder, a hub id such as `DAMO-NLP-SG/VideoLLaMA2-7B`, or `builtin`.
         source: where to look.
         revision: commit, tag or branch on the hub.
         wanted: what to fetch of it; by default a `CHECKPOINT`.
@@ -70,7 +77,7 @@ def locate(
         CheckpointError: it is nowhere.
     """
     wanted = wanted or CHECKPOINT
-    local = _locate_here(name, source)
+    local = _locate_builtin() if name == BUILTIN else _locate_here(name, source)
     if local is not None:
         if revision is not None:
             raise CheckpointError(
@@ -97,9 +104,30 @@ def locate(
     return Located(name, snapshot, snapshot.name)
 
 
+def has_builtin() -> bool:
+    """Tell whether a model ships with this installation."""
+    return (BUILTIN_FOLDER / WHOLE_FILE).exists()
+
+
+def own_tower(name: str, folder: Path) -> Path | None:
+    """Find a tower that lies inside its checkpoint's folder, so that no other place is asked.
+
+    Args:
+        name: of the tower; one of its own begins with `./`, as in `./clip-tower`.
+        folder: of the checkpoint.
+
+    Returns:
+        None where the tower is to be looked for elsewhere.
+    """
+    is_inside = name.startswith("./") and ".." not in Path(name).parts
+    tower = os.path.join(folder, name)  # noqa: PTH118  any text is a name
+    return folder / name if is_inside and os.path.isdir(tower) else None  # noqa: PTH112
+
+
 def folders_on_disk(hub_dir: Path | None) -> dict[str, Path]:
-    """List the models of the hub cache and of the local hub folder: id -> folder."""
-    return {**_in_cache(), **_in_hub_dir(hub_dir)}
+    """List the models of the package, the hub cache and the local hub folder: id -> folder."""
+    builtin = {BUILTIN: BUILTIN_FOLDER} if has_builtin() else {}
+    return {**builtin, **_in_cache(), **_in_hub_dir(hub_dir)}
 
 
 def first_of(folder: Path, names: Iterable[str]) -> Path | None:
@@ -163,6 +191,15 @@ def _check_shards(folder: Path, names: list[str]) -> None:
                 f"'{folder}' has no index and {len(names)} shards, but '{name}' is one of "
                 f"{total}; fetch it again"
             )
+
+
+def _locate_builtin() -> Path:
+    if not has_builtin():
+        raise CheckpointError(
+            f"'{BUILTIN}' is the model that ships with vla2, and this installation holds none; "
+            f"give a folder, or a hub id like 'owner/name' ('./{BUILTIN}' is a folder of that name)"
+        )
+    return BUILTIN_FOLDER
 
 
 def _locate_here(name: str, source: Source) -> Path | None:
@@ -276,14 +313,13 @@ def _is_whole_checkpoint(folder: Path) -> bool:
 
 
 def _is_described_tower(folder: Path) -> bool:
-    return all((folder / name).exists() for name in _TOWER_FACTS)
+    return all((folder / name).exists() for name in TOWER_FACTS)
 
 
 def _is_whole_tower(folder: Path) -> bool:
     return _is_described_tower(folder) and bool(first_of(folder, (WHOLE_FILE, WHOLE_PICKLE)))
 
 
-_TOWER_FACTS = ("config.json", "preprocessor_config.json")
 # never code; of pickles only those that the public Base and LoRA checkpoints consist of, and
 # CLIP's tower, which is read as warily (see `tensors`)
 CHECKPOINT = Wanted(
@@ -293,5 +329,5 @@ CHECKPOINT = Wanted(
     ),
     _is_whole_checkpoint,
 )
-TOWER = Wanted(_TOWER_FACTS, _is_described_tower)
-TOWER_WITH_WEIGHTS = Wanted((*_TOWER_FACTS, WHOLE_FILE, WHOLE_PICKLE), _is_whole_tower)
+TOWER = Wanted(TOWER_FACTS, _is_described_tower)
+TOWER_WITH_WEIGHTS = Wanted((*TOWER_FACTS, WHOLE_FILE, WHOLE_PICKLE), _is_whole_tower)

@@ -23,7 +23,7 @@ from torch import Tensor
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .files import UNFINISHED, read_json, write_json
-from .hub import WHOLE_FILE
+from .hub import TOWER_FACTS, WHOLE_FILE, own_tower
 from .names import find_places
 from .videollama2 import VideoLLaMA2
 
@@ -87,7 +87,7 @@ def fill_folder(folder: Path, write: Callable[[Path], None]) -> None:
                     moved.append(path.replace(folder / path.name))
         except BaseException:
             for path in moved:
-                path.unlink(missing_ok=True)
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             if is_new:
                 with contextlib.suppress(OSError):  # what went wrong first is what counts
                     folder.rmdir()
@@ -104,10 +104,21 @@ def _write(model: VideoLLaMA2, checkpoint: Checkpoint, folder: Path, max_shard_b
 
 
 def copy_text_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy the tokenizer and the settings of generation, as far as there are any."""
+    """Copy tokenizer, settings of generation and what describes a tower, if it lies there too."""
     for name in TEXT_FILES:
         if (checkpoint.text_folder / name).exists():
             shutil.copyfile(checkpoint.text_folder / name, folder / name)
+    copy_own_tower(checkpoint, folder)
+
+
+def copy_own_tower(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy what describes a tower that lies inside the checkpoint's folder; others are named."""
+    name = checkpoint.config.mm_vision_tower
+    tower = own_tower(name, checkpoint.folder)
+    if tower is not None:
+        (folder / name).mkdir(parents=True)
+        for file in TOWER_FACTS:
+            shutil.copyfile(tower / file, folder / name / file)
 
 
 def check_folder(folder: Path) -> None:

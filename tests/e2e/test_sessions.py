@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.e2e.conftest import EXAMPLES, together
+from vla2_models.hub import has_builtin
 from vla2_models.miniature import MODEL_ID, TOWER_ID
 from vla2cli import Engine
 from vla2cli.config import GenerationChoice
@@ -28,6 +29,11 @@ COMMANDS = ("caption", "ask", "features", "models", "export", "verify")
 NAMES = {
     name: name for name in ("two words.mp4", "new\nline.mp4", "ünï漢字.mp4", 'it\'s "$HOME".mp4')
 } | {os.fsdecode(b"caf\xe9.mp4"): "caf%E9.mp4"}
+BUILTIN_LINES = (
+    "vla2: no --model given: using the built-in demonstration model; it knows only its own drawn "
+    "world.",
+    "For real videos: vla2 caption … --model DAMO-NLP-SG/VideoLLaMA2.1-7B-16F",
+)
 SETTINGS = """\
 # the model and its hub folder come from here too
 model: {model}
@@ -152,7 +158,7 @@ def test_one_clip_in_a_pipe_gives_one_json_line(ran):
     assert record["text"]
     assert record["flags"] == ["builtin-model"]
     assert record["tokens"]["new"] == 12
-    assert "its words mean nothing" in done.stderr
+    assert "what it says of real videos means nothing" in done.stderr
     assert "caption, 0 errors" not in done.stderr  # one clip needs no summary
 
 
@@ -481,9 +487,15 @@ def test_bad_input_is_refused_in_one_line(vla2, place, name):
     _check_refusal(vla2(*shlex.split(line), cwd=place), code, message)
 
 
-def test_no_model_is_refused_with_an_example(vla2, place):
+def test_no_model_is_the_built_in_one_or_refused_with_an_example(vla2, place):
     done = vla2("caption", "b.mp4", cwd=place, env={"VLA2_MODEL": None})
-    _check_refusal(done, 2, "no model: give --model FOLDER, or a hub id like --model DAMO-NLP-SG/")
+    if not has_builtin():
+        line = "no model: give --model FOLDER, or a hub id like --model DAMO-NLP-SG/"
+        _check_refusal(done, 2, line)
+        return
+    assert done.code == 0
+    assert done.stderr.splitlines() == list(BUILTIN_LINES)
+    assert done.records[0]["model"]["id"] == "builtin"
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,16 @@ import sys
 
 import pytest
 
+from vla2_models import hub
 from vla2cli.cli import main
 from vla2cli.console import format_duration, format_rate, printable
 
 
 @pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch):
+def _clean_environment(monkeypatch, tmp_path):
     for name in ("VLA2_MODEL", "VLA2_DEBUG", "VLA2_HUB_DIR"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hub, "BUILTIN_FOLDER", tmp_path / "no-builtin")
 
 
 @pytest.fixture
