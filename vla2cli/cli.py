@@ -27,6 +27,7 @@ from vla2cli.plan import Task
 from vla2cli.run import run_batch
 from vla2cli.train.command import EXAMPLES as TRAIN_EXAMPLES
 from vla2cli.train.command import train
+from vla2cli.world.command import world_app
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
@@ -307,6 +308,7 @@ def features(
 
 
 app.add_typer(models_app, name="models")
+app.add_typer(world_app, name="world")
 app.command(epilog=EXPORT_EXAMPLES)(export)
 app.command(epilog=BENCH_EXAMPLES)(bench)
 app.command(epilog=TRAIN_EXAMPLES)(train)

@@ -1,0 +1,103 @@
+"""`vla2 world`: write clips of the drawn world, and judge what a model says of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from vla2cli import options as opt
+from vla2cli.console import Console, count, format_duration, format_size
+from vla2cli.errors import UsageError
+from vla2cli.stop import cleaning_up
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+_MAX_WORKERS = 16
+_EXAMPLES = (
+    "\b\nExamples:\n"
+    "  vla2 world -o .demo/heldout --count 12 --seed 7 --split heldout\n"
+    "  vla2 world -o .demo/train --count 24 --workers 2"
+)
+
+world_app = typer.Typer(
+    help="Write clips of a drawn world with all that is true of them, or judge answers about them.",
+    epilog=_EXAMPLES,
+)
+
+
+@world_app.callback(invoke_without_command=True)
+def make(
+    ctx: typer.Context,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for the clips, new or empty.", metavar="DIR"),
+    ] = None,
+    number: Annotated[int, typer.Option("--count", min=1, help="Clips to write.")] = 100,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="The same one gives the same clips.")
+    ] = 0,
+    split: Annotated[
+        Literal["train", "heldout"],
+        typer.Option(
+            "--split",
+            help="Each heldout clip pairs what no train clip does: an object and a motion, "
+            "an object and a sound, or a colour and a shape.",
+        ),
+    ] = "train",
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="Processes; by default one a core, up to 16."),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", "-f", help="Remove such clips from DIR first; other files stay."),
+    ] = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Write clips of a drawn world with all that is true of them, or judge answers about them."""
+    if ctx.invoked_subcommand is not None:
+        if output is not None:
+            raise UsageError(f"'-o {output}' does not go with {ctx.invoked_subcommand}")
+        return
+    if output is None:
+        raise UsageError("clips need a folder: -o DIR")
+    from vla2cli.world.write import World, write_world
+
+    console = Console(quiet=quiet, verbose=verbose)
+    started = time.monotonic()
+    processes = min(workers or min(os.cpu_count() or 1, _MAX_WORKERS), number)
+    written = write_world(World(seed, split, number), output, workers=processes, force=force)
+    size_bytes = 0
+    with cleaning_up(console.note), closing(written), _bar(number, is_shown=not quiet) as bar:
+        for name in written:
+            bar.advance(bar.task_ids[0])
+            size_bytes += (output / name).stat().st_size
+    console.detail(f"drawn and encoded by {processes} at a time")
+    console.note(
+        f"{output}: {count(number, f'{split} clip')} of seed {seed}, {format_size(size_bytes)}, "
+        f"in {format_duration(time.monotonic() - started)}"
+    )
+
+
+@contextmanager
+def _bar(total: int, *, is_shown: bool) -> Iterator[Progress]:
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (BarColumn(bar_width=28), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+    is_hidden = not is_shown or not sys.stderr.isatty()
+    with Progress(
+        *columns, console=RichConsole(stderr=True), transient=True, disable=is_hidden
+    ) as bar:
+        bar.add_task("", total=total)
+        yield bar
