@@ -13,18 +13,33 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from vla2cli import options as opt
-from vla2cli.console import Console, count, format_duration, format_size
+from vla2cli.console import (
+    Console,
+    count,
+    format_duration,
+    format_size,
+    print_data,
+    print_text,
+)
 from vla2cli.errors import UsageError
 from vla2cli.stop import cleaning_up
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from vla2cli.world.score import Row
+
 _MAX_WORKERS = 16
+_MAX_NAMED = 10  # of what is missing, without --verbose
 _EXAMPLES = (
     "\b\nExamples:\n"
     "  vla2 world -o .demo/heldout --count 12 --seed 7 --split heldout\n"
     "  vla2 world -o .demo/train --count 24 --workers 2"
+)
+_SCORE_EXAMPLES = (
+    "\b\nExamples (after vla2 world -o DIR and vla2 ask --manifest DIR/manifest.jsonl -o LEDGER):\n"
+    "  vla2 world score LEDGER DIR/manifest.jsonl\n"
+    "  vla2 world score LEDGER DIR/manifest.jsonl --json"
 )
 
 world_app = typer.Typer(
@@ -87,6 +102,42 @@ def make(
         f"{output}: {count(number, f'{split} clip')} of seed {seed}, {format_size(size_bytes)}, "
         f"in {format_duration(time.monotonic() - started)}"
     )
+
+
+@world_app.command(epilog=_SCORE_EXAMPLES)
+def score(
+    ledger: Annotated[Path, typer.Argument(help="JSON Lines that vla2 ask wrote.")],
+    manifest: Annotated[Path, typer.Argument(help="The manifest that was asked.")],
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Count the answers that are exactly right, for each kind of question."""
+    from vla2cli.world.score import format_table
+    from vla2cli.world.score import score as compare
+
+    rows = compare(ledger, manifest)
+    if json or not sys.stdout.isatty():
+        for row in rows:
+            print_data(row.as_record())
+    else:
+        print_text(format_table(rows))
+    console = Console(quiet=quiet, verbose=verbose)
+    _name_unanswered(rows, console)
+    num, right = sum(row.num for row in rows), sum(row.right for row in rows)
+    console.note(f"{ledger}: {right:,} of {num:,} exactly right, {right / num:.1%}")
+    raise typer.Exit(3 if any(row.missing or row.errors for row in rows) else 0)
+
+
+def _name_unanswered(rows: list[Row], console: Console) -> None:
+    for what in ("missing", "errors"):
+        items = [item for row in rows for item in getattr(row, what)]
+        for idx, item in enumerate(items):
+            say = console.note if idx < _MAX_NAMED else console.detail
+            say(f"{what}: {item.id}: {item.question}")
+        if len(items) > _MAX_NAMED and not console.verbose:
+            console.note(f"{what}: {len(items) - _MAX_NAMED:,} more, which -v names")
 
 
 @contextmanager
