@@ -138,7 +138,7 @@ def write_untrained(folder: Path, tokenizer_texts: Iterable[str], seed: int = 0)
         torch.manual_seed(seed)
         model = VideoLLaMA2(config)  # tower and language model draw their weights themselves
         initialise_joints(model)
-    save_weights(model, folder)
+    save_weights(model.state_dict(), folder)
 
 
 def initialise_joints(model: VideoLLaMA2) -> None:
