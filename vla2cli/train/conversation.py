@@ -26,7 +26,7 @@ ROLES = {"human": "user", "gpt": "assistant"}  # the data's name of a speaker ->
 Form = Literal["chat", "plain", "plain-caption"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be millions
 class Utterance:
     """One turn of a conversation, as the data has it."""
 

@@ -19,7 +19,7 @@ from vla2cli.train.conversation import ROLES, Utterance
 MEDIA = ("video", "image", "audio")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be millions
 class Entry:
     """One conversation of a data file."""
 

@@ -156,10 +156,9 @@ class TrainedNetwork(nn.Module):
                 of_video = model.repeat_image(of_clip) if medium.is_image else of_clip
                 by_length.setdefault(len(of_video), {})[id(medium)] = of_video
         tokens: dict[int, Tensor] = {}
-        with _frozen_without_grad(model.mm_projector):
-            for clips_of_length in by_length.values():
-                projected = model.project(torch.stack(list(clips_of_length.values())))
-                tokens |= zip(clips_of_length, projected, strict=True)
+        for clips_of_length in by_length.values():
+            projected = model.project(torch.stack(list(clips_of_length.values())))
+            tokens |= zip(clips_of_length, projected, strict=True)
         return tokens
 
     def _hear(self, media: Sequence[Media]) -> dict[int, Tensor]:
@@ -171,8 +170,7 @@ class TrainedNetwork(nn.Module):
         with _frozen_without_grad(model.audio_tower):
             fbanks = torch.cat([medium.fbank for medium in media if medium.fbank is not None])
             features = model.encode_sound(fbanks)
-        with _frozen_without_grad(model.mm_projector_a):
-            projected = model.project_sound(features)
+        projected = model.project_sound(features)
         return dict(zip((id(medium) for medium in media), projected, strict=True))
 
     def _word_loss(
@@ -240,6 +238,6 @@ def _is_trained(*parts: nn.Module | None) -> bool:
 
 @contextmanager
 def _frozen_without_grad(part: nn.Module) -> Iterator[None]:
-    # what stands before a frozen part may be trained: only a part with no gradient to pass on
+    # for towers, before which nothing is trained; a frozen connector passes gradients on
     with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(part)):
         yield

@@ -234,6 +234,15 @@ def test_frozen_towers_keep_no_graph_and_get_no_gradient():
     assert trained == {"mm_projector"}
 
 
+def test_a_tower_is_trained_behind_a_frozen_connector():
+    network = tiny_network()
+    network.model.requires_grad_(False)
+    network.model.audio_tower.requires_grad_(True)
+    sample = sample_of(tiny_rows(), tiny_media(has_sound=True))
+    run(network, [sample], COLLATOR)["loss"].backward()
+    assert network.model.audio_tower.patch_embedding.weight.grad.any()
+
+
 def test_what_a_batch_does_not_use_gets_a_gradient_of_zero():
     network = tiny_network()
     run(network, [sample_of(tiny_rows("text"), Media())], COLLATOR)["loss"].backward()
@@ -330,6 +339,22 @@ def test_a_router_s_loss_counts_only_where_the_config_asks_for_it():
             theirs = language_model(inputs_embeds=embeds, labels=labels).loss
         torch.testing.assert_close(losses[asked], theirs, atol=CLOSE, rtol=0)
     assert losses[True] - losses[False] > 0.1
+
+
+@pytest.mark.parametrize(("row", "media"), [(0, Media()), (1, None)], ids=["none", "unplaced"])
+def test_media_without_a_place_and_a_place_without_media_are_refused(row, media):
+    rows = (tiny_rows()[0], tiny_rows("text")[0])
+    sample = sample_of(rows[row : row + 1], media or tiny_media())
+    with pytest.raises(ValueError, match="placeholders for"):
+        run(tiny_network(), [sample], COLLATOR)
+
+
+def test_packed_rows_beyond_a_sliding_window_are_refused():
+    network = tiny_network()
+    network.model.language_model.config.sliding_window = 16
+    sample = sample_of(tiny_rows(), tiny_media())
+    with pytest.raises(ValueError, match="pass the sliding window of 16"):
+        run(network, [sample], replace(COLLATOR, pack=3))
 
 
 def test_an_optimizer_step_lowers_the_loss():

@@ -181,6 +181,8 @@ def test_a_weight_that_leaves_nothing_is_refused(tmp_path, folder, reader, weigh
         )
 
 
+# from Python 3.12 on, of any process with threads
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_loader_s_processes_read_with_decoders_of_their_own(tmp_path, folder, reader):
     dataset = dataset_of(tmp_path, folder, reader, *[about("video", "mute.mp4")] * 4)
     assert isinstance(dataset[0], Sample)  # the parent's decoders run already
