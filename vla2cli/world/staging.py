@@ -21,6 +21,7 @@ _SPOTS = {
     "middle": (0.5, 0.5),
 }
 _SPREAD = 0.06  # about a spot
+_TRIES = 200  # at placing several things, before it begins anew
 _START = 0.1  # how far from the edge a motion may begin or end, beyond the subject itself
 
 
@@ -91,7 +92,11 @@ def _move(facts: Facts, rng: np.random.Generator) -> Act:
 def _count(facts: Facts, rng: np.random.Generator) -> tuple[Act, ...]:
     size = float(rng.uniform(*_COUNTED_SIZE))
     centres: list[tuple[float, float]] = []
+    tries = 0
     while len(centres) < facts.number:
+        tries += 1
+        if tries % _TRIES == 0:  # the first may stand so that there is no room for the last
+            centres.clear()
         x, y = rng.uniform(size / 2, 1 - size / 2, 2).tolist()
         # a gap between the boxes, so that each can be told from its neighbour
         if all(max(abs(x - a), abs(y - b)) > 1.1 * size for a, b in centres):
