@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from vla2cli.train.conversation import Form
 
 if TYPE_CHECKING:
-    from torch import nn
+    from vla2_models.videollama2 import VideoLLaMA2
 
 # attributes of `VideoLLaMA2`; what hears comes after what sees
 CONNECTOR, AUDIO_PROJECTOR = "mm_projector", "mm_projector_a"
@@ -70,8 +70,11 @@ STAGES: Mapping[str, Stage] = {
 }
 
 
-def freeze_all_but(model: nn.Module, parts: Collection[str]) -> None:
-    """Let gradients reach the named children of a `VideoLLaMA2` alone.
+def freeze_all_but(model: VideoLLaMA2, parts: Collection[str]) -> None:
+    """Let gradients reach the named parts of a model alone, and in them what its tokens come from.
+
+    A tower's blocks behind the selected one, and the classes that BEATs tells apart, are of no use
+    to the language model: nothing would ever change them.
 
     Raises:
         ValueError: it has no such part.
@@ -81,3 +84,12 @@ def freeze_all_but(model: nn.Module, parts: Collection[str]) -> None:
             raise ValueError(f"the model has no {name}")
     for name, part in model.named_children():
         part.requires_grad_(name in parts)
+    tower = model.vision_tower
+    unused = [*tower.encoder.layers[model.config.num_tower_blocks :], tower.post_layernorm]
+    for part in (
+        *unused,
+        getattr(tower, "head", None),
+        getattr(model.audio_tower, "predictor", None),
+    ):
+        if part is not None:
+            part.requires_grad_(False)

@@ -270,6 +270,7 @@ def make_arguments(config: TrainConfig) -> TrainingArguments:
         warmup_steps=config.warmup_ratio,  # below 1 it is a share
         weight_decay=config.weight_decay,
         bf16=uses_bfloat16(config),
+        use_cpu=not torch.accelerator.is_available(),  # or two processes would not know each other
         seed=config.seed,
         logging_steps=config.log_steps,
         logging_first_step=True,
@@ -282,8 +283,8 @@ def make_arguments(config: TrainConfig) -> TrainingArguments:
         train_sampling_strategy="sequential",
         dataloader_num_workers=config.workers,
         dataloader_pin_memory=has_cuda,
-        # a batch without sound leaves the audio projector unused
-        ddp_find_unused_parameters=True,
+        # the network runs what a batch leaves unused on blanks
+        ddp_find_unused_parameters=False,
         **_sharding(config),
     )
     if arguments.n_gpu > 1:
