@@ -38,6 +38,7 @@ from vla2cli.train.trainer import (
     OnStep,
     Trained,
     count_steps,
+    make_arguments,
     named_trained,
     run_training,
     uses_bfloat16,
@@ -82,10 +83,12 @@ def train(
     if not config.data:
         raise UsageError("no data is given; expected a list of {file, folder, weight}")
     check_record(config)
-    checkpoint = open_start(config, source)
-    check_form(config, checkpoint)
-    dataset, collator = read_data(config, checkpoint)
-    write_record(config)
+    # one of several processes writes what all of them read
+    with make_arguments(config).main_process_first(local=False):
+        checkpoint = open_start(config, source)
+        check_form(config, checkpoint)
+        dataset, collator = read_data(config, checkpoint)
+        write_record(config)
     student = make_student(config, checkpoint)
     trained = run_training(
         config,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -94,7 +95,7 @@ def run_training(
     """
     folder = Path(config.output)
     arguments = make_arguments(config)
-    checkpoint = find_checkpoint(folder, arguments.world_size)
+    checkpoint = find_checkpoint(folder)
     if checkpoint is not None:
         check_checkpoint(checkpoint, network)
     log = RunLog(folder, console, should_stop)
@@ -113,7 +114,10 @@ def run_training(
     if checkpoint is not None and step == max_steps:
         trainer.restore(checkpoint)
     else:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with warnings.catch_warnings():
+            # of DDP, about 1 x 1 convolutions; speed alone is at stake
+            warnings.filterwarnings("ignore", message="Grad strides do not match")
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         step, max_steps = trainer.state.global_step, trainer.state.max_steps
     state = trainer.gather_state()
     if trainer.is_world_process_zero():
@@ -173,7 +177,7 @@ class VideoTrainer(Trainer):
         counts = torch.tensor(
             [
                 sum(count_targets(batch) for batch in batches),
-                sum(len(batch["labels"]) for batch in batches),
+                sum(count_samples(batch) for batch in batches),
                 len(skipped),
                 self.log_of_run.should_stop(),
             ],
@@ -355,7 +359,12 @@ def count_targets(batch: Batch) -> int:
     return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
-def find_checkpoint(folder: Path, world_size: int = 1) -> Path | None:
+def count_samples(batch: Batch) -> int:
+    """Count the rows that something is learned from."""
+    return int((batch["labels"] != IGNORED).any(1).sum())
+
+
+def find_checkpoint(folder: Path) -> Path | None:
     """Find the newest checkpoint of a run that is whole."""
     found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
