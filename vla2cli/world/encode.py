@@ -38,7 +38,7 @@ def encode(clip: WorldClip, path: Path) -> None:
     try:
         _write(path, frames, clip.track() if has_track(clip) else None)
     except (av.error.FFmpegError, OSError) as error:
-        raise Vla2Error(f"cannot write '{path}': {error.strerror}") from error
+        raise Vla2Error(f"cannot write '{path}': {str(error.strerror).lower()}") from error
 
 
 def has_track(clip: WorldClip) -> bool:
@@ -67,5 +67,6 @@ def _write(path: Path, frames: NDArray[np.uint8], track: NDArray[np.int16] | Non
         if track is not None:
             samples = av.AudioFrame.from_ndarray(track[None], "s16", "mono")
             samples.sample_rate = SAMPLE_RATE
+            samples.pts = 0  # else the encoder's delay, 64 ms of silence, would be heard first
             container.mux(sound.encode(samples))
             container.mux(sound.encode(None))

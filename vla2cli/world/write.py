@@ -150,7 +150,7 @@ def _prepared(folder: Path, *, force: bool) -> Iterator[None]:
 
 def _remove_ours(folder: Path) -> None:
     for path in folder.iterdir():
-        if _OURS.fullmatch(path.name):
+        if _OURS.fullmatch(path.name) and not path.is_dir():
             path.unlink()
 
 
