@@ -24,7 +24,7 @@ from vla2cli.preprocess import fit_frame, normalise
 from vla2cli.prompt import build_prompt
 from vla2cli.record import FIELDS
 
-COMMANDS = ("caption", "ask", "features", "models", "export", "verify")
+COMMANDS = ("caption", "ask", "features", "models", "export", "world", "verify")
 # file name -> how a record spells it
 NAMES = {
     name: name for name in ("two words.mp4", "new\nline.mp4", "ünï漢字.mp4", 'it\'s "$HOME".mp4')

@@ -37,6 +37,8 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
         ["bench", "--help"],
         ["export", "-h"],
         ["export", "--list"],
+        ["world", "-h"],
+        ["world", "score", "-h"],
     ],
     ids=lambda arguments: " ".join(arguments) or "import",
 )
