@@ -16,10 +16,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "FrontendChoice", "Layout", "Sampling", "ask", "caption", "features"]
+__all__ = [
+    "Engine",
+    "FrontendChoice",
+    "Layout",
+    "Sampling",
+    "ask",
+    "ask_manifest",
+    "caption",
+    "features",
+]
 
 if TYPE_CHECKING:
-    from vla2cli.api import ask, caption, features
+    from vla2cli.api import ask, ask_manifest, caption, features
     from vla2cli.engine import Engine
     from vla2cli.frontend.choice import FrontendChoice
     from vla2cli.layout import Layout
@@ -33,7 +42,7 @@ _HOMES = {
     "FrontendChoice": "frontend.choice",
     "Layout": "layout",
     "Sampling": "plan",
-    **dict.fromkeys(("ask", "caption", "features"), "api"),
+    **dict.fromkeys(("ask", "ask_manifest", "caption", "features"), "api"),
 }
 
 

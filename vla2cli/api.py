@@ -13,8 +13,9 @@ from vla2cli.features import check_tensors, is_missing, make_folder, parse_tenso
 from vla2cli.inputs import find_items
 from vla2cli.jobs import Job
 from vla2cli.ledger import Ledger, Record
+from vla2cli.manifest import Manifest, read_manifest
 from vla2cli.media.pool import DecodePool, default_num_workers
-from vla2cli.plan import Sampling, Task, Work, usable_items
+from vla2cli.plan import Sampling, Task, Work, is_choice, usable_items
 
 StrPath = str | os.PathLike[str]
 Paths = StrPath | Iterable[StrPath]
@@ -60,6 +61,7 @@ def ask(
     questions: str | Sequence[str | Sequence[str]],
     engine: Engine,
     *,
+    choices: Sequence[str] = (),
     sampling: Sampling | None = None,
     generation: GenerationChoice | None = None,
     batch: int = 1,
@@ -73,6 +75,7 @@ def ask(
         questions: one or several; several in a tuple or list of their own follow each other, and
             the model remembers its answers.
         engine: from `Engine.load`.
+        choices: what each answer has to be one of; none: the model's own words.
         sampling: what is looked at and listened to.
         generation: how the model goes on.
         batch: prompts that are answered together.
@@ -81,12 +84,44 @@ def ask(
 
     Yields, Raises: as `caption`.
     """
+    if choices and not is_choice(choices):
+        raise ValueError(f"choices is {choices!r}, expected two options or more, each once")
     each = [questions] if isinstance(questions, str) else questions
     conversations = tuple((q,) if isinstance(q, str) else tuple(q) for q in each)
     with ExitStack() as stack:
-        task = Task("ask", conversations)
+        task = Task("ask", conversations, choices=tuple(choices))
         job = _open_job(stack, engine, task, sampling, generation, batch, output)
         yield from job.run(_todo(job, paths, retry_errors))
+
+
+def ask_manifest(
+    manifest: StrPath,
+    engine: Engine,
+    *,
+    sampling: Sampling | None = None,
+    generation: GenerationChoice | None = None,
+    batch: int = 1,
+    output: StrPath | None = None,
+    retry_errors: bool = False,
+) -> Iterator[Record]:
+    """Ask of each file what a manifest says.
+
+    Args:
+        manifest: JSON Lines, see `vla2cli.manifest`.
+        engine: from `Engine.load`.
+        sampling: what is looked at and listened to.
+        generation: how the model goes on.
+        batch: prompts that are answered together.
+        output: a ledger to append to; what it already holds is skipped.
+        retry_errors: whether files with an error record are tried again.
+
+    Yields, Raises: as `caption`.
+    """
+    listed = read_manifest(os.fspath(manifest))
+    with ExitStack() as stack:
+        task = Task("ask", asked=listed.asked)
+        job = _open_job(stack, engine, task, sampling, generation, batch, output)
+        yield from job.run(_todo(job, listed, retry_errors))
 
 
 def features(
@@ -154,13 +189,16 @@ def _sampling(engine: Engine, sampling: Sampling | None) -> Sampling:
 
 def _todo(
     job: Job,
-    paths: Paths,
+    paths: Paths | Manifest,
     retry_errors: bool,
     is_missing: Callable[[Work], bool] = lambda work: False,
 ) -> list[Work]:
-    roots = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     modality = job.sampling.modality
-    found = find_items([os.fspath(root) for root in roots], modality=modality)
+    if isinstance(paths, Manifest):
+        found = paths.found(modality)
+    else:
+        roots = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+        found = find_items([os.fspath(root) for root in roots], modality=modality)
     items = usable_items(found.items, job.pool, modality, has_ears=job.engine.has_ears)
     plan = job.plan(items, retry_errors=retry_errors)
     return [*plan.todo, *filter(is_missing, plan.done)]

@@ -21,9 +21,10 @@ from vla2cli.console import Console, count, print_data, print_text, printable
 from vla2cli.errors import UsageError, Vla2Error
 from vla2cli.export import EXAMPLES as EXPORT_EXAMPLES
 from vla2cli.export import export
+from vla2cli.manifest import Manifest, read_manifest
 from vla2cli.models import models_app
 from vla2cli.options import RunOptions
-from vla2cli.plan import Task
+from vla2cli.plan import Conversation, Task, parse_choices
 from vla2cli.run import run_batch
 from vla2cli.train.command import EXAMPLES as TRAIN_EXAMPLES
 from vla2cli.train.command import train
@@ -136,13 +137,14 @@ def caption(
 )
 def ask(
     paths: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="PATH... QUESTION",
-            help="Files, folders, globs or -, and last the question, unless --question is given.",
+            help="Files, folders, globs or -, and last the question, unless --question or "
+            "--manifest is given.",
             show_default=False,
         ),
-    ],
+    ] = None,
     question: Annotated[
         list[str] | None,
         typer.Option("--question", help="Asked of every file; may be given several times."),
@@ -150,6 +152,23 @@ def ask(
     then: Annotated[
         list[str] | None,
         typer.Option("--then", help="Asked after the answer, which the model remembers."),
+    ] = None,
+    manifest: Annotated[
+        str | None,
+        typer.Option(
+            "--manifest",
+            metavar="FILE",
+            help="JSON Lines of path and question, perhaps id and choices; - for stdin. Paths "
+            "start from its folder.",
+        ),
+    ] = None,
+    choices: Annotated[
+        str | None,
+        typer.Option(
+            "--choices",
+            metavar="A|B|…",
+            help="What the answer has to be one of, with | between them; the likeliest is taken.",
+        ),
     ] = None,
     model: opt.Model = None,
     revision: opt.Revision = None,
@@ -192,15 +211,19 @@ def ask(
     """Ask questions about every video, image and sound that the paths hold."""
     options = RunOptions.of(locals())
     options.check()
-    paths, questions = _split_question(paths, question or [])
-    if then and len(questions) > 1:
-        raise UsageError("--then goes on from one question; several were given")
-    conversations = tuple((first, *(then or [])) for first in questions)
-    for text in [*questions, *(then or [])]:
-        _spoken(text, "the question")
-    raise typer.Exit(
-        run_batch(Task("ask", conversations), paths, options, ledger_path=options.ledger_path)
-    )
+    weighed = parse_choices(choices)
+    if then and weighed:
+        raise UsageError("--choices are of one answer; --then goes on from the model's own words")
+    inputs: list[str] | Manifest
+    if manifest is not None:
+        if paths or question or then:
+            raise UsageError("--manifest has its own paths and questions; give it alone")
+        inputs = read_manifest(manifest, choices=weighed)
+        task = Task("ask", asked=inputs.asked)
+    else:
+        inputs, questions = _split_question(paths or [], question or [])
+        task = Task("ask", _conversations(questions, then or []), choices=weighed)
+    raise typer.Exit(run_batch(task, inputs, options, ledger_path=options.ledger_path))
 
 
 @app.command(
@@ -362,8 +385,18 @@ def _spoken(text: str, what: str) -> str:
     return text
 
 
+def _conversations(questions: list[str], then: list[str]) -> tuple[Conversation, ...]:
+    if then and len(questions) > 1:
+        raise UsageError("--then goes on from one question; several were given")
+    for text in [*questions, *then]:
+        _spoken(text, "the question")
+    return tuple((first, *then) for first in questions)
+
+
 def _split_question(arguments: list[str], questions: list[str]) -> tuple[list[str], list[str]]:
     """Tell the paths from the question that stands last, where no `--question` is given."""
+    if not arguments:
+        raise UsageError("nothing was given; expected PATH... QUESTION, or --manifest FILE")
     if questions:
         return arguments, questions
     *paths, question = arguments

@@ -25,6 +25,7 @@ from vla2cli.config import GenerationChoice, GenerationSettings, resolve_generat
 from vla2cli.console import Say
 from vla2cli.engines import eager as language_engine
 from vla2cli.engines.eager import Generation, generate
+from vla2cli.engines.scoring import Choice, as_generation, choose, score
 from vla2cli.errors import ModelError, UsageError
 from vla2cli.frontend.base import Frontend
 from vla2cli.frontend.choice import FrontendChoice
@@ -33,7 +34,7 @@ from vla2cli.media.records import Clip
 from vla2cli.media.sampling import MAX_FRAMES
 from vla2cli.plan import Sampling
 from vla2cli.preprocess import FrameGeometry, fbank, normalise
-from vla2cli.prompt import Prompt, Turn, build_prompt
+from vla2cli.prompt import Prompt, Turn, build_prompt, continue_prompt
 from vla2cli.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -75,6 +76,7 @@ class Ask:
     media: MediaTokens = MediaTokens()  # none for text
     history: tuple[Turn, ...] = ()
     seed: int = 0  # of this row's own generator
+    choices: tuple[str, ...] = ()  # what the answer has to be one of; none: the model's own words
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Answer:
     flags: tuple[str, ...]  # empty, repeating, not-finite
     num_visual: int  # visual tokens in the prompt
     num_audio: int  # audio tokens in it
+    choice: Choice | None = None  # where there were options
 
     @property
     def num_prompt(self) -> int:
@@ -360,19 +363,59 @@ class Engine:
 
     def answer(self, asks: Sequence[Ask], settings: GenerationSettings) -> list[Answer]:
         """Answer several prompts in one left-padded batch; a row's text depends on no other."""
-        prompts = [self.prompt(ask) for ask in asks]
-        embeds = [self.embed(p, ask.media) for p, ask in zip(prompts, asks, strict=True)]
-        seeds = [ask.seed for ask in asks]
+        rows = [(ask, self.prompt(ask)) for ask in asks]
+        chosen = iter(self._choose([row for row in rows if row[0].choices]))
+        spoken = iter(self._speak([row for row in rows if not row[0].choices], settings))
+        return [next(chosen if ask.choices else spoken) for ask in asks]
+
+    def _speak(
+        self, rows: Sequence[tuple[Ask, Prompt]], settings: GenerationSettings
+    ) -> list[Answer]:
+        """Let the model answer in its own words."""
+        if not rows:
+            return []
+        embeds = [self.embed(prompt, ask.media) for ask, prompt in rows]
+        seeds = [ask.seed for ask, _ in rows]
         generations = generate(self.model.language_model, embeds, settings, seeds)
         return [
-            self._answer(ask, prompt, generation)
-            for ask, prompt, generation in zip(asks, prompts, generations, strict=True)
+            self._answer(ask, prompt, generation, self.tokenizer.decode(generation.ids).strip())
+            for (ask, prompt), generation in zip(rows, generations, strict=True)
         ]
 
-    def _answer(self, ask: Ask, prompt: Prompt, generation: Generation) -> Answer:
-        text = self.tokenizer.decode(generation.ids).strip()
-        flags = find_flags(text, generation)
-        return Answer(text, prompt, generation, flags, ask.media.num_visual, ask.media.num_audio)
+    def _choose(self, rows: Sequence[tuple[Ask, Prompt]]) -> list[Answer]:
+        """Weigh the options of each prompt."""
+        if not rows:
+            return []
+        embeds = [self.embed(prompt, ask.media) for ask, prompt in rows]
+        options = [
+            [continue_prompt(self.tokenizer, prompt, ask.medium, text) for text in ask.choices]
+            for ask, prompt in rows
+        ]
+        answers = []
+        found = score(self.model.language_model, embeds, options)
+        for (ask, prompt), ids, scores in zip(rows, options, found, strict=True):
+            choice = choose(ask.choices, scores.logprobs)
+            generation = as_generation(choice, dict(zip(ask.choices, ids)), scores)
+            answers.append(self._answer(ask, prompt, generation, choice.text or "", choice))
+        return answers
+
+    def _answer(
+        self,
+        ask: Ask,
+        prompt: Prompt,
+        generation: Generation,
+        text: str,
+        choice: Choice | None = None,
+    ) -> Answer:
+        return Answer(
+            text,
+            prompt,
+            generation,
+            find_flags(text, generation),
+            ask.media.num_visual,
+            ask.media.num_audio,
+            choice,
+        )
 
 
 def find_flags(text: str, generation: Generation) -> tuple[str, ...]:

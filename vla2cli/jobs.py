@@ -12,7 +12,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vla2_models.errors import one_line
@@ -201,8 +201,8 @@ class Job:
         """What every record of a demonstration model is flagged with."""
         return (DEMO_FLAG,) if self.engine.checkpoint.config.is_demo else ()
 
-    def generation(self, item: Item) -> dict[str, Any]:
-        """Return the `generation` and `seed` of an item's record."""
+    def generation(self, item: Item, question: str) -> dict[str, Any]:
+        """Return the `generation` and `seed` of the record of a question about an item."""
         num_frames: int | None
         match self.sampling.medium_of(item):
             case "image":  # stands for as many frames as the checkpoint says
@@ -214,6 +214,8 @@ class Job:
         fields = generation_fields(self.settings, num_frames, decoder)
         fields["generation"] |= self.sampling.sound_fields(item, self.engine.sound_window)
         fields["generation"] |= self.task.options
+        if choices := self.task.choices_of(item, question):
+            fields["generation"]["choices"] = list(choices)
         return fields
 
     def plan(
@@ -243,18 +245,22 @@ class Job:
             retry_errors=retry_errors,
         )
 
-    def _wanted(self, item: Item) -> dict[str, Any]:
+    def _wanted(self, item: Item, conversation: Conversation) -> dict[str, Any]:
         return {
             "model_sha256": self.engine.identity["sha256"],
-            "settings": settings_digest(self.generation(item)),
+            "settings": settings_digest(self.generation(item, conversation[0])),
         }
 
     def _check_questions(self, items: Sequence[Item]) -> None:
         from vla2cli.prompt import check_question
 
-        for medium in {self.sampling.medium_of(item) for item in items}:
-            for question in (question for turns in self.task.conversations for question in turns):
-                check_question(question, medium)
+        asked: dict[tuple[str, str], None] = {}  # each question and medium once
+        for item in items:
+            medium = self.sampling.medium_of(item)
+            for conversation in self.task.conversations_about(item, medium):
+                asked |= dict.fromkeys((question, medium) for question in conversation)
+        for question, medium in asked:
+            check_question(question, medium)
 
     def run(
         self, works: Iterable[Work], *, should_stop: Callable[[], bool] = lambda: False
@@ -366,6 +372,7 @@ class Job:
             media=dialogue.media,
             history=self._history(dialogue, turn),
             seed=row_seed(self.settings.seed, key),
+            choices=self.task.choices_of(dialogue.work.item, dialogue.questions[turn]),
         )
 
     def _history(self, dialogue: _Dialogue, turn: int) -> tuple[Any, ...]:
@@ -392,6 +399,7 @@ class Job:
         return make_record(
             **common,
             text=answer.text,
+            choice=None if answer.choice is None else asdict(answer.choice),
             finish_reason=answer.generation.finish_reason,
             tokens={
                 "prompt": answer.num_prompt,
@@ -423,7 +431,7 @@ class Job:
             "model": self.engine.identity,
             "decoder": self.sampling.decoder,
             **self.engine.backends,
-            **self.generation(item),
+            **self.generation(item, conversation[turn]),
         }
 
     def _asked_modality(self, item: Item) -> str:

@@ -31,8 +31,30 @@ KINDS_OF: Mapping[str, frozenset[Kind]] = {
 }
 
 Conversation = tuple[str, ...]  # questions that follow each other, with the answers in between
+Choices = tuple[str, ...]  # what an answer has to be one of; none: the model's own words
 Lookup = Callable[[Key], Entry | None]
 Result = TypeVar("Result")
+
+
+def parse_choices(text: str | None) -> Choices:
+    """Read options with `|` between them; none where there is no text.
+
+    Raises:
+        UsageError: one is empty or there twice, or there is only one.
+    """
+    if text is None:
+        return ()
+    choices = tuple(option.strip() for option in text.split("|"))
+    if not is_choice(choices):
+        raise UsageError(
+            f"'--choices {text}': expected two options or more with | between them, each once"
+        )
+    return choices
+
+
+def is_choice(options: Sequence[str]) -> bool:
+    """Tell whether there are two options or more, none empty and none twice."""
+    return len(options) >= 2 and all(map(str.strip, options)) and len({*options}) == len(options)
 
 
 @dataclass(frozen=True)
@@ -42,11 +64,20 @@ class Task:
     name: str  # caption, ask or features
     conversations: tuple[Conversation, ...] = ()  # none: the default prompt of the medium
     options: Mapping[str, Any] = field(default_factory=dict)  # put into a record's `generation`
+    choices: Choices = ()  # for every question
+    # of a manifest, instead of conversations and choices: id -> question -> what to choose from
+    asked: Mapping[str, Mapping[str, Choices]] | None = None
 
-    def conversations_about(self, medium: str) -> tuple[Conversation, ...]:
+    def conversations_about(self, item: Item, medium: str) -> tuple[Conversation, ...]:
         """Return what to ask about a file, every conversation once."""
+        if self.asked is not None:
+            return tuple((question,) for question in self.asked[item.id])
         default = (DEFAULT_PROMPT.format(medium=medium),)
         return tuple(dict.fromkeys(self.conversations)) or (default,)
+
+    def choices_of(self, item: Item, question: str) -> Choices:
+        """Return what the answer to a question about a file has to be one of."""
+        return self.choices if self.asked is None else self.asked[item.id][question]
 
 
 @dataclass(frozen=True)
@@ -250,7 +281,7 @@ def make_plan(
     pool: DecodePool,
     *,
     lookup: Lookup | None,
-    wanted: Callable[[Item], Mapping[str, Any]],
+    wanted: Callable[[Item, Conversation], Mapping[str, Any]],
     retry_errors: bool = False,
 ) -> Plan:
     """Split the items into what is to do, what is done and what failed before.
@@ -264,7 +295,8 @@ def make_plan(
         sampling: what of the files is looked at and listened to.
         pool: hashes.
         lookup: finds what was done before.
-        wanted: `model_sha256` and `settings` that an item's record must come from.
+        wanted: `model_sha256` and `settings` that the records of a conversation about an item must
+            come from.
         retry_errors: whether what failed before is to do.
 
     Raises:
@@ -274,7 +306,7 @@ def make_plan(
     asked = [
         (item, conversation)
         for item in items
-        for conversation in task.conversations_about(sampling.medium_of(item))
+        for conversation in task.conversations_about(item, sampling.medium_of(item))
     ]
     decisions = [check.start(item, conversation) for item, conversation in asked]
     split: dict[str, list[Work]] = {"todo": [], "done": [], "failed": []}
@@ -295,7 +327,7 @@ class _ResumeCheck:
     sampling: Sampling
     pool: DecodePool
     lookup: Lookup | None
-    wanted: Callable[[Item], Mapping[str, Any]]
+    wanted: Callable[[Item, Conversation], Mapping[str, Any]]
     retry_errors: bool
     hashes: dict[str, Future[FileState]] = field(default_factory=dict)
 
@@ -309,7 +341,7 @@ class _ResumeCheck:
         known = [entry for entry in found if entry is not None]
         is_whole = len(known) == len(found)
         if is_whole and not (self.retry_errors and any(entry.is_error for entry in known)):
-            decide = self._compare(item, known)
+            decide = self._compare(item, conversation, known)
         else:
             decide = _todo
 
@@ -321,12 +353,14 @@ class _ResumeCheck:
 
         return decide_once
 
-    def _compare(self, item: Item, known: Sequence[Entry]) -> Callable[[], str]:
+    def _compare(
+        self, item: Item, conversation: Conversation, known: Sequence[Entry]
+    ) -> Callable[[], str]:
         verdict = "failed" if any(entry.is_error for entry in known) else "done"
         size_bytes, mtime_ns = _stat(item.path)
+        wanted = self.wanted(item, conversation)
         holds = {
-            is_current(entry, size_bytes=size_bytes, mtime_ns=mtime_ns, **self.wanted(item))
-            for entry in known
+            is_current(entry, size_bytes=size_bytes, mtime_ns=mtime_ns, **wanted) for entry in known
         }
         if "changed" in holds:
             return _todo

@@ -83,6 +83,20 @@ def build_prompt(
     return Prompt(text, tuple(tokenize(tokenizer, text, placeholder)))
 
 
+def continue_prompt(tokenizer: Tokenizer, prompt: Prompt, medium: str, answer: str) -> list[int]:
+    """Tokenise an answer as it stands behind its prompt, and the token that ends it.
+
+    Where the end of the prompt and the answer would join into other ids than the prompt has, the
+    answer is tokenised by itself.
+    """
+    before = list(prompt.input_ids)
+    placeholder = "" if medium == "text" else f"<{medium}>"
+    whole = tokenize(tokenizer, prompt.text + answer, placeholder)
+    is_behind = whole[: len(before)] == before
+    ids = whole[len(before) :] if is_behind else tokenizer.encode(answer)
+    return [*ids, tokenizer.eos_token_id]
+
+
 def check_question(question: str, medium: str) -> None:
     """Refuse a question that holds the placeholder of its own clip."""
     placeholder = f"<{medium}>"

@@ -24,6 +24,7 @@ from vla2cli.errors import InputError, UsageError
 from vla2cli.inputs import Found, Item, Note, find_items
 from vla2cli.jobs import Job, Totals
 from vla2cli.ledger import Ledger, Record, check_output, read_index
+from vla2cli.manifest import Manifest
 from vla2cli.media.pool import DecodePool, Probe, default_num_workers
 from vla2cli.options import RunOptions
 from vla2cli.plan import NO_EARS, Plan, Sampling, Task, Work, count_records, outcome, usable_items
@@ -45,7 +46,7 @@ RunRecords = Callable[[Job, Sequence[Work], Callable[[], bool]], Iterator[Record
 
 def run_batch(
     task: Task,
-    paths: Sequence[str],
+    paths: Sequence[str] | Manifest,
     options: RunOptions,
     *,
     run: RunRecords = lambda job, works, should_stop: job.run(works, should_stop=should_stop),
@@ -57,7 +58,7 @@ def run_batch(
 
     Args:
         task: what is asked.
-        paths: arguments of the command.
+        paths: arguments of the command, or the manifest that `task` is of.
         options: its flags, checked.
         run: makes the records; by default `Job.run`.
         is_missing: whether a work that the ledger calls done has to be done again.
@@ -72,7 +73,10 @@ def run_batch(
         stop = stack.enter_context(Stop(console))
         # a model without ears is the first thing wrong with a search for sound
         engine = open_engine(options, console) if options.modality in ("audio", "av") else None
-        found = find_items(paths, modality=options.modality)
+        if isinstance(paths, Manifest):
+            found = paths.found(options.modality)
+        else:
+            found = find_items(paths, modality=options.modality)
         if ledger_path is not None:
             check_output(ledger_path)
         engine = engine or open_engine(options, console)

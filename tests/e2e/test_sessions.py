@@ -34,6 +34,13 @@ BUILTIN_LINES = (
     "world.",
     "For real videos: vla2 caption … --model DAMO-NLP-SG/VideoLLaMA2.1-7B-16F",
 )
+MOVES = ("01.mp4", "What moves?")
+SIDES = ["to the left", "to the right"]
+MANIFEST = (
+    {"path": "examples/01.mp4", "question": "What moves?", "answer": "a car", "kind": "object"},
+    {"path": "examples/09.png", "question": "What is it?", "id": "picture"},
+    {"path": "examples/01.mp4", "question": "Which way?", "choices": SIDES},
+)
 SETTINGS = """\
 # the model and its hub folder come from here too
 model: {model}
@@ -77,7 +84,9 @@ def ran(vla2, place):
     """The results of sessions that need nothing from each other, run two at a time."""
     run = partial(vla2, cwd=place)
     listed = b"".join(os.fsencode(f"odd/{name}\0") for name in NAMES)
+    manifest = "".join(f"{json.dumps(line)}\n" for line in MANIFEST).encode()
     sessions = {
+        "manifest": partial(run, "ask", "--manifest", "-", "--batch", "2", stdin=manifest),
         "one clip": partial(run, "caption", "examples/01.mp4"),
         "at a terminal": partial(
             run, "ask", "examples/01.mp4", "What moves?", terminals=("stdout", "stderr")
@@ -160,6 +169,21 @@ def test_one_clip_in_a_pipe_gives_one_json_line(ran):
     assert record["tokens"]["new"] == 12
     assert "what it says of real videos means nothing" in done.stderr
     assert "caption, 0 errors" not in done.stderr  # one clip needs no summary
+
+
+def test_manifest_asks_each_file_its_own_questions(ran):
+    done = ran["manifest"]
+    assert done.code == 0
+    records = {(record["id"], record["question"]): record for record in done.records}
+    assert records.keys() == {
+        ("examples/01.mp4", "What moves?"),
+        ("picture", "What is it?"),
+        ("examples/01.mp4", "Which way?"),
+    }
+    way = records["examples/01.mp4", "Which way?"]
+    assert way["text"] == way["choice"]["text"] in SIDES
+    (alone,) = [r for r in ran["questions"].records if (r["id"], r["question"]) == MOVES]
+    assert records["examples/01.mp4", "What moves?"]["text"] == alone["text"]
 
 
 def test_question_at_a_terminal_is_answered_by_the_text_alone(ran):
@@ -472,6 +496,8 @@ BAD = {
         "'b.mp4' is the question and also a file; write the question last, or use --question",
     ),
     "no question": ("ask b.mp4", 2, "only 'b.mp4' was given; expected PATH... QUESTION"),
+    "manifest": ("ask --manifest notes.jsonl", 2, "notes.jsonl: line 1: 'one' is no JSON"),
+    "choices": ("ask b.mp4 Which? --choices left", 2, "'--choices left': expected two options"),
     "then": ("ask b.mp4 --question a --question b --then c", 2, "several were given"),
     "no folder": ("features b.mp4", 2, "they need a folder: -o FOLDER"),
     "tensors": ("features b.mp4 -o f --tensors pixels", 2, "'--tensors pixels': expected all, or"),

@@ -137,7 +137,9 @@ def test_file_that_is_gone_and_was_an_error_is_not_hashed(pool, tmp_path):
         (record,) = job.run(job.plan([item]).todo)
         assert record["error"] == {"kind": "missing", "stage": "open", "message": "no such file"}
         assert (record["size_bytes"], record["sha256"]) == (None, None)
-        assert job.plan([item]).failed == (Work(item, job.task.conversations_about(item.kind)),)
+        assert job.plan([item]).failed == (
+            Work(item, job.task.conversations_about(item, item.kind)),
+        )
 
 
 def test_failed_file_is_recorded_as_it_was_when_it_was_read(pool, clips, tmp_path):
@@ -354,11 +356,15 @@ def test_decode_ahead_holds_few_clips_and_yields_all(pool, batch):
 
 @pytest.mark.parametrize("medium", ["video", "image", "audio"])
 def test_default_prompt_names_the_medium(medium):
-    assert CAPTION.conversations_about(medium) == ((f"Please describe the {medium} in detail.",),)
+    assert CAPTION.conversations_about(Item("a", "a", medium), medium) == (
+        (f"Please describe the {medium} in detail.",),
+    )
 
 
 def test_questions_do_not_depend_on_the_medium():
-    assert QUESTIONS.conversations_about("image") == QUESTIONS.conversations
+    assert (
+        QUESTIONS.conversations_about(Item("a", "a", "image"), "image") == QUESTIONS.conversations
+    )
 
 
 def test_segment_is_null_for_pictures_and_whole_files():

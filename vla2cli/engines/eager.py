@@ -45,6 +45,17 @@ class Generation:
     generate_s: float  # the same
 
 
+@dataclass(frozen=True)
+class Prefilled:
+    """A batch of prompts that the model has read."""
+
+    cache: DynamicCache
+    mask: Tensor  # (B, L) int64, 0 where there is padding
+    next_position: Tensor  # (B, 1) int64
+    logits: Tensor  # (B, V) float32 at the last position of each prompt
+    row_s: float  # one row's share of the time it took
+
+
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,
@@ -63,28 +74,33 @@ def generate(
     Returns:
         One generation for each row, in order.
     """
+    prompts = prefill(model, inputs_embeds)
+    started = time.perf_counter()
+    rows = _Rows(len(inputs_embeds), settings, seeds, prompts.logits.device)
+    logits, mask, next_position = prompts.logits, prompts.mask, prompts.next_position
+    while rows.take(logits):
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
+        ids = rows.ids[:, -1:]
+        logits = forward(model, prompts.cache, mask, next_position, input_ids=ids)[:, -1]
+        next_position = next_position + 1
+    return rows.results(
+        prompts.logits,
+        prefill_s=prompts.row_s,
+        generate_s=(time.perf_counter() - started) / len(inputs_embeds),
+    )
+
+
+def prefill(model: PreTrainedModel, inputs_embeds: Sequence[Tensor]) -> Prefilled:
+    """Let the model read a batch of prompts, (L, D) each, of any lengths."""
     started = time.perf_counter()
     embeds, mask = left_pad(inputs_embeds)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
-    logits = _forward(model, cache, mask, positions, inputs_embeds=embeds)
-    first_logits = logits
+    logits = forward(model, cache, mask, positions, inputs_embeds=embeds)[:, -1]
     if logits.is_cuda:  # it has only been told what to do; the first token waits for it anyway
         torch.cuda.synchronize(logits.device)
-    prefilled = time.perf_counter()
-
-    rows = _Rows(len(inputs_embeds), settings, seeds, logits.device)
-    next_position = positions[:, -1:] + 1
-    while rows.take(logits):
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
-        logits = _forward(model, cache, mask, next_position, input_ids=rows.ids[:, -1:])
-        next_position = next_position + 1
-    num_rows = len(inputs_embeds)
-    return rows.results(
-        first_logits,
-        prefill_s=(prefilled - started) / num_rows,
-        generate_s=(time.perf_counter() - prefilled) / num_rows,
-    )
+    row_s = (time.perf_counter() - started) / len(inputs_embeds)
+    return Prefilled(cache, mask, positions[:, -1:] + 1, logits, row_s)
 
 
 def left_pad(inputs_embeds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -103,7 +119,7 @@ def left_pad(inputs_embeds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return embeds, mask
 
 
-def _forward(
+def forward(
     model: PreTrainedModel,
     cache: DynamicCache,
     mask: Tensor,
@@ -111,8 +127,9 @@ def _forward(
     *,
     input_ids: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
+    num_logits: int = 1,
 ) -> Tensor:
-    """Run the model on new positions; return the (B, V) float32 logits of the last one."""
+    """Run the model on new positions; return (B, num_logits, V) float32 logits of the last ones."""
     output = model(
         input_ids,
         mask,
@@ -120,9 +137,9 @@ def _forward(
         cache,  # transformers 5.24 has another name for it
         inputs_embeds,
         use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=num_logits,
     )
-    logits: Tensor = output.logits[:, -1].float()
+    logits: Tensor = output.logits.float()
     return logits
 
 
