@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint gpu-check clean
+.PHONY: demo test lint gpu-check train-builtin clean
 
 demo: $(READY)
 	$(BIN)/python -m vla2_models.miniature .demo/hub
@@ -24,6 +24,9 @@ lint: $(READY)
 
 gpu-check: $(READY)
 	$(BIN)/python tests/bench/gpu.py
+
+train-builtin: $(READY)
+	$(BIN)/python -m vla2cli.train.builtin
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

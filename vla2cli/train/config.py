@@ -21,11 +21,13 @@ from vla2_models.errors import one_line
 from vla2_models.files import is_count
 from vla2cli.errors import UsageError, why
 from vla2cli.train.conversation import Form
-from vla2cli.train.stages import LANGUAGE_MODEL, PARTS, STAGES, Stage
+from vla2cli.train.stages import LANGUAGE_MODEL, PARTS, STAGES, TOWERS, Stage
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 FORMS = get_args(Form)
 SAVES = ("auto", "full", "projector")
+SAVE_DTYPES = ("auto", "float32", "float16", "bfloat16")
+MEDIA = (None, "av", "video", "audio", "image")
 ASPECT_RATIOS = (None, "pad")
 # what of a run may change when it goes on: none of it changes the weights by more than rounding
 FREE_KEYS = ("log_steps", "save_steps", "workers", "per_device_batch", "gradient_checkpointing")
@@ -38,6 +40,20 @@ class DataFile:
     file: str
     folder: str | None = None  # what its paths start from; None: the file's own folder
     weight: float = 1.0  # how often a sample is seen in one epoch
+
+
+@dataclass(frozen=True)
+class WorldData:
+    """Clips of the drawn world, made as they are needed (docs/world.md)."""
+
+    clips: int  # in one epoch
+    seed: int = 0  # of the collection
+    questions: int = 6  # about each clip, its caption among them; all of them behind it at once
+    medium: str | None = None  # what of a clip is given; None: now this, now that
+    # of the loss of words that each token of the media is to name; it falls to 0 within a share of
+    # the steps
+    word_weight: float = 1.0
+    word_share: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -65,8 +81,10 @@ class TrainConfig:
     image_aspect_ratio: str | None
     va: bool  # whether the sound of videos is heard
     data: tuple[DataFile, ...] = ()
+    world: WorldData | None = None  # in the place of files
     max_steps: int | None = None  # goes before epochs
     projector_learning_rate: float | None = None  # of both projectors; None: as the rest
+    muon_learning_rate: float | None = None  # of hidden matrices, by Muon; None: AdamW alone
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
     max_length: int = 2048  # tokens of a text, without those of its medium
@@ -80,6 +98,7 @@ class TrainConfig:
     vision_tower: str | None = None  # where `model` is a language model
     audio_tower: str | None = None  # BEATs, for a model without ears; its projector begins anew
     save: str = "auto"  # projector: the small parts alone; full: the whole model
+    save_dtype: str = "auto"  # bfloat16 where products are made in it, else float32
     seed: int = 42
     save_steps: int = 500
     log_steps: int = 1
@@ -171,7 +190,9 @@ def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
     if "lora" in typed:
         # `lora: true` is the scripts' adapter, `lora: false` none
         typed["lora"] = _lora(typed["lora"])
-    for key in ("learning_rate", "projector_learning_rate"):
+    if "world" in typed:
+        typed["world"] = _world(typed["world"])
+    for key in ("learning_rate", "projector_learning_rate", "muon_learning_rate"):
         if key in typed:
             typed[key] = _number(typed[key])
     return typed
@@ -187,6 +208,16 @@ def _data_file(entry: Mapping[str, Any]) -> DataFile:
     return DataFile(**{key: value for key, value in entry.items() if value is not None})
 
 
+def _world(value: Mapping[str, Any]) -> WorldData:
+    _check_keys(value, [field.name for field in fields(WorldData)], "setting of world")
+    for key, (is_kind, wanted) in WORLD_KINDS.items():
+        if key in value and not is_kind(value[key]):
+            raise UsageError(f"{key} of world is {_shown(value[key])}, expected {wanted}")
+    if "clips" not in value:
+        raise UsageError("world has no clips; expected their number in an epoch")
+    return WorldData(**value)
+
+
 def _lora(value: bool | Mapping[str, Any]) -> Lora | None:
     if isinstance(value, bool):
         return Lora() if value else None
@@ -198,6 +229,10 @@ def _lora(value: bool | Mapping[str, Any]) -> Lora | None:
 
 
 def _check(config: TrainConfig) -> None:
+    if config.world is not None and config.data:
+        raise UsageError("world and data exclude each other; give one")
+    if config.stage == TOWERS and config.world is None:
+        raise UsageError(f"stage {TOWERS} learns from the drawn world alone; give world")
     if config.batch % config.per_device_batch:
         raise UsageError(
             f"batch is {config.batch}, no multiple of per_device_batch {config.per_device_batch}"
@@ -326,6 +361,8 @@ KINDS: Mapping[str, Kind] = {
     "image_aspect_ratio": _one_of(*ASPECT_RATIOS),
     "va": _SWITCH,
     "data": (_is_entries, "a list of {file, folder, weight}"),
+    "world": (lambda value: isinstance(value, dict), "{clips, seed, questions, …}"),
+    "muon_learning_rate": (_is_rate, "a number above 0"),
     "warmup_ratio": (_is_share, "a number from 0 to below 1"),
     "weight_decay": (_is_number_from_0, "a number from 0"),
     "max_length": _COUNT,
@@ -339,6 +376,7 @@ KINDS: Mapping[str, Kind] = {
     "vision_tower": _TEXT,
     "audio_tower": _TEXT,
     "save": _one_of(*SAVES),
+    "save_dtype": _one_of(*SAVE_DTYPES),
     "seed": (is_count, "a whole number from 0"),
     "save_steps": _COUNT,
     "log_steps": _COUNT,
@@ -350,6 +388,14 @@ DATA_KINDS: Mapping[str, Kind] = {
     "file": _TEXT,
     "folder": _TEXT,
     "weight": (_is_positive, "a number above 0"),
+}
+WORLD_KINDS: Mapping[str, Kind] = {
+    "clips": _COUNT,
+    "seed": (is_count, "a whole number from 0"),
+    "questions": _COUNT,
+    "medium": _one_of(*MEDIA),
+    "word_weight": (_is_number_from_0, "a number from 0"),
+    "word_share": (_is_number_from_0, "a number from 0"),
 }
 LORA_KINDS: Mapping[str, Kind] = {
     "r": _COUNT,

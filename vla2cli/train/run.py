@@ -21,21 +21,18 @@ from vla2_models.hub import Source
 from vla2_models.loading import build_empty, load_model
 from vla2_models.videollama2 import VideoLLaMA2
 from vla2cli.console import Console
-from vla2cli.engine import read_geometry
+from vla2cli.engine import DTYPES
 from vla2cli.errors import UsageError
 from vla2cli.layout import Layout
-from vla2cli.tokenizer import load_tokenizer
-from vla2cli.train.collate import Collator
 from vla2cli.train.config import FREE_KEYS, TrainConfig
+from vla2cli.train.lesson import open_lesson
 from vla2cli.train.lora import add_adapter, find_targets
-from vla2cli.train.media import MediaReader
 from vla2cli.train.network import TrainedNetwork
-from vla2cli.train.samples import DataFile, SampleDataset
 from vla2cli.train.save import check_form, form_of, save_trained
-from vla2cli.train.stages import freeze_all_but
+from vla2cli.train.stages import TOWERS, freeze_all_but
 from vla2cli.train.start import open_start
+from vla2cli.train.towers import TowerTask
 from vla2cli.train.trainer import (
-    OnStep,
     Trained,
     count_steps,
     make_arguments,
@@ -53,17 +50,20 @@ class Student:
 
     config: TrainConfig
     checkpoint: Checkpoint
-    network: TrainedNetwork
+    network: TrainedNetwork | TowerTask
     targets: list[str]  # kinds of layers that an adapter is on
 
     def save(self, trained: Trained) -> None:
         """Write what training came to, as `save_trained`; on the first process alone."""
         if not trained.is_first:
             return
-        dtype = torch.bfloat16 if uses_bfloat16(self.config) else torch.float32
-        prefix = "model."  # of `TrainedNetwork`
-        state = {name.removeprefix(prefix): tensor for name, tensor in trained.state.items()}
-        save_trained(self.config, self.checkpoint, state, dtype, self.targets)
+        prefix = "model."  # in the network's names; what has none is of use in training alone
+        state = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in trained.state.items()
+            if name.startswith(prefix)
+        }
+        save_trained(self.config, self.checkpoint, state, _saved_dtype(self.config), self.targets)
 
 
 def train(
@@ -71,7 +71,6 @@ def train(
     source: Source,
     console: Console,
     *,
-    on_step: OnStep | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Trained:
     """Train on files of samples, and save; a run that was ended goes on from its checkpoint.
@@ -80,23 +79,21 @@ def train(
         UsageError: the configuration does not fit the model, the data, or the run in its folder.
         CheckpointError: the model cannot be read, or the folder not be written.
     """
-    if not config.data:
-        raise UsageError("no data is given; expected a list of {file, folder, weight}")
     check_record(config)
     # one of several processes writes what all of them read
     with make_arguments(config).main_process_first(local=False):
         checkpoint = open_start(config, source)
         check_form(config, checkpoint)
-        dataset, collator = read_data(config, checkpoint)
+        lesson = open_lesson(config, checkpoint)
         write_record(config)
     student = make_student(config, checkpoint)
     trained = run_training(
         config,
         student.network,
-        dataset,
-        collator,
+        lesson.dataset,
+        lesson.collator,
         console,
-        on_step=on_step,
+        on_step=lesson.on_step,
         should_stop=should_stop,
     )
     if trained.is_finished:
@@ -121,10 +118,16 @@ def make_student(config: TrainConfig, checkpoint: Checkpoint) -> Student:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
-    network = TrainedNetwork(model)
-    if config.gradient_checkpointing:
+    network = TowerTask(model) if config.stage == TOWERS else TrainedNetwork(model)
+    if config.gradient_checkpointing and isinstance(network, TrainedNetwork):
         network.enable_checkpointing()
     return Student(config, checkpoint, network, targets)
+
+
+def _saved_dtype(config: TrainConfig) -> torch.dtype:
+    if config.save_dtype != "auto":
+        return DTYPES[config.save_dtype]
+    return torch.bfloat16 if uses_bfloat16(config) else torch.float32
 
 
 _CPU = torch.device("cpu")
@@ -141,32 +144,6 @@ def _load(config: TrainConfig, checkpoint: Checkpoint, is_half: bool) -> VideoLL
     return load_model(checkpoint, dtype=torch.float32 if checkpoint.adapter else None)
 
 
-def read_data(config: TrainConfig, checkpoint: Checkpoint) -> tuple[SampleDataset, Collator]:
-    """Read the files of samples, and make what turns them into batches.
-
-    Raises:
-        UsageError: a file is not in the format.
-    """
-    tokenizer = load_tokenizer(checkpoint.text_folder)
-    geometry = replace(read_geometry(checkpoint), is_padded=config.image_aspect_ratio == "pad")
-    audio = checkpoint.config.audio
-    reader = MediaReader(
-        geometry,
-        config.num_frames or checkpoint.config.num_frames,
-        window=None if audio is None else audio.window,
-        hears_videos=config.va,
-    )
-    files = [
-        DataFile(Path(entry.file), entry.weight, Path(entry.folder or Path(entry.file).parent))
-        for entry in config.data
-    ]
-    dataset = SampleDataset(
-        files, tokenizer, reader, form=config.form, pack=config.pack, seed=config.seed
-    )
-    # any id fills rows up: a mask hides it
-    return dataset, Collator(tokenizer.eos_token_id, config.max_length, config.pack)
-
-
 def describe(config: TrainConfig, source: Source) -> dict[str, Any]:
     """Tell what a run would train, on what, and for how long; nothing is written or trained.
 
@@ -179,16 +156,16 @@ def describe(config: TrainConfig, source: Source) -> dict[str, Any]:
         checkpoint = open_start(replace(config, output=aside), source)
         check_form(config, checkpoint)
         parts = _count_parameters(config, checkpoint.config)
-        dataset = read_data(config, checkpoint)[0] if config.data else None
-    files = {} if dataset is None else dict(zip((e.file for e in config.data), dataset.counts))
-    steps = None if dataset is None else count_steps(config, len(dataset))
+        is_given = bool(config.data) or config.world is not None
+        lesson = open_lesson(config, checkpoint) if is_given else None
+    steps = None if lesson is None else count_steps(config, lesson.num_samples)
     return {
         "stage": config.stage,
         "train": list(config.train),
         "form": config.form,
         "parameters": parts,
-        "samples": files,
-        "samples_per_epoch": None if dataset is None else len(dataset),
+        "samples": {} if lesson is None else dict(lesson.counts),
+        "samples_per_epoch": None if lesson is None else lesson.num_samples,
         "steps": steps,
         "save": form_of(config),
         "config": config.as_dict(),

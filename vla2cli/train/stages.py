@@ -1,10 +1,13 @@
 """The stages of training: what each trains, on what kind of text, and with which settings.
 
+    towers           both towers, on the drawn world           labels of patches
     video-pretrain   connector                                 captions alone
     video-finetune   connector, language model                 conversations
     audio-pretrain   audio projector                           captions alone
     audio-finetune   audio projector, audio tower              conversations
     joint            both projectors, language model           conversations
+
+The first is ours, for a model that begins at nothing (see `towers`).
 
 Source: VideoLLaMA 2, arXiv:2406.07476, section 3, for the parts; for the numbers the public scripts
 of upstream VideoLLaMA2@c0bb03a, scripts/vllava, and of its branch audio_visual at 8cedfbd,
@@ -50,7 +53,9 @@ class Stage:
         return any(part in HEARING for part in self.trained)
 
 
+TOWERS = "towers"
 STAGES: Mapping[str, Stage] = {
+    TOWERS: Stage((VISION_TOWER, AUDIO_TOWER), "chat", 1e-3, 48, 48),
     "video-pretrain": Stage((CONNECTOR,), "plain", 1e-3, 256, 8),
     "video-finetune": Stage(
         (CONNECTOR, LANGUAGE_MODEL), "chat", 2e-5, 128, 4, image_aspect_ratio="pad"

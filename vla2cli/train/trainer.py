@@ -37,6 +37,7 @@ from vla2cli.train.hf import (
     TrainingArguments,
 )
 from vla2cli.train.log import RunLog, plot_loss
+from vla2cli.train.optimiser import with_muon
 
 IGNORED = -100  # label of a token that is not learned
 PROJECTOR = "mm_projector"  # in the names of both projectors' parameters
@@ -104,6 +105,7 @@ def run_training(
         network,
         on_step or (lambda step, max_steps: {}),
         config.projector_learning_rate,
+        config.muon_learning_rate,
         args=arguments,
         train_dataset=dataset,
         data_collator=collator,
@@ -133,6 +135,7 @@ class VideoTrainer(Trainer):
         network: what is trained.
         on_step: see `run_training`.
         projector_learning_rate: of parameters of a projector; None: as the others.
+        muon_learning_rate: of hidden matrices, by Muon; None: AdamW alone.
         arguments: of `Trainer`.
     """
 
@@ -142,6 +145,7 @@ class VideoTrainer(Trainer):
         network: nn.Module,
         on_step: OnStep,
         projector_learning_rate: float | None,
+        muon_learning_rate: float | None,
         **arguments: Any,
     ) -> None:
         super().__init__(model=network, **arguments)
@@ -152,6 +156,7 @@ class VideoTrainer(Trainer):
         self.log_of_run = log
         self.on_step = on_step
         self.projector_learning_rate = projector_learning_rate
+        self.muon_learning_rate = muon_learning_rate
         self.model_accepts_loss_kwargs = True  # the network divides by the step's tokens
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -166,6 +171,8 @@ class VideoTrainer(Trainer):
                 self.projector_learning_rate,
             )
             self.optimizer = optimizer_class(groups, **settings)
+            if self.muon_learning_rate is not None:
+                self.optimizer = with_muon(self.optimizer, model, self.muon_learning_rate)
         return self.optimizer
 
     def get_batch_samples(

@@ -21,7 +21,7 @@ from vla2_models.stc import ConnectorDesign
 from vla2cli.media.sampling import uniform_indices
 from vla2cli.preprocess import FrameGeometry, fbank, fit_frame, normalise
 from vla2cli.tokenizer import Tokenizer
-from vla2cli.train.conversation import IGNORED, Utterance, build_row
+from vla2cli.train.conversation import IGNORED, Form, Utterance, build_row
 from vla2cli.train.media import Media
 from vla2cli.train.samples import Sample
 from vla2cli.train.towers import spoil
@@ -53,6 +53,7 @@ class WorldReader:
     tokenizer: Tokenizer
     config: CheckpointConfig
     geometry: FrameGeometry
+    form: Form = "chat"
 
     def media(self, clip: WorldClip, medium: str, rng: np.random.Generator | None = None) -> Media:
         """Draw and synthesise what the towers are given.
@@ -90,6 +91,7 @@ class WorldReader:
                 self.tokenizer,
                 [Utterance("human", f"<{tag}>\n{q.text}"), Utterance("gpt", q.answer)],
                 tag,
+                self.form,
             )
             for q in questions
         )
@@ -140,7 +142,7 @@ class WorldReader:
 
 
 class WorldSamples(Dataset[Sample]):
-    """Clips of one split with questions about them, each clip seen once.
+    """Clips of one split with questions about them.
 
     Args:
         reader: makes the samples.
@@ -166,13 +168,18 @@ class WorldSamples(Dataset[Sample]):
         self.reader, self.seed, self.count = reader, seed, count
         self.num_questions, self.split = num_questions, split
         self.medium, self.is_spoiled = medium, is_spoiled
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the clips of an epoch, counted from 0: each has clips of its own."""
+        self._first = epoch * self.count
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Sample:
-        clip = WorldClip(self.seed, index, self.split)
-        rng = np.random.default_rng([self.seed, index, 2])
+        clip = WorldClip(self.seed, self._first + index, self.split)
+        rng = np.random.default_rng([self.seed, clip.index, 2])
         medium = self.medium or _draw_medium(clip, rng)
         caption, *others = clip.questions("video" if medium == "image" else medium)
         order = rng.permutation(len(others))[: self.num_questions - 1]

@@ -1,0 +1,64 @@
+"""Train the built-in model from nothing, stage after stage: `make train-builtin`.
+
+Each stage is a configuration in builtin/recipe, run by `vla2 train`. What an interrupted run has
+done is kept in .train/, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from vla2_models.builtin_design import write_untrained
+from vla2_models.checkpoint import open_checkpoint
+from vla2_models.hub import BUILTIN_FOLDER, Source
+from vla2_models.loading import load_model
+from vla2_models.saving import save_checkpoint
+from vla2cli.world.clip import WorldClip
+
+RECIPE = BUILTIN_FOLDER / "recipe"
+WORK = Path(".train")
+NUM_CLIPS = 1500  # whose words the tokenizer is made of
+FIRST_SEED = 77  # of those
+
+
+def main() -> None:
+    """Run what is left of the recipe, and put its end in the place of the built-in model."""
+    untrained = WORK / "0-untrained"
+    if not (untrained / "model.safetensors").exists():
+        write_untrained(untrained, list(_texts()), seed=0)
+    stages = sorted(RECIPE.glob("*.yaml"))
+    for stage in stages:
+        subprocess.run([sys.executable, "-m", "vla2cli", "train", str(stage)], check=True)
+    publish(WORK / stages[-1].stem)
+    for stage in stages:
+        for name in ("log.jsonl", "loss.png"):
+            target = BUILTIN_FOLDER / "logs" / f"{stage.stem}-{name}"
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(WORK / stage.stem / name, target)
+
+
+def publish(folder: Path) -> None:
+    """Write a trained checkpoint in half precision where the package has its built-in model."""
+    aside = WORK / "published"
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint = open_checkpoint(str(folder), Source(None, True))
+    save_checkpoint(load_model(checkpoint, dtype=torch.float16), checkpoint, aside)
+    shutil.copytree(aside, BUILTIN_FOLDER, dirs_exist_ok=True)
+
+
+def _texts() -> Iterator[str]:
+    for index in range(NUM_CLIPS):
+        clip = WorldClip(FIRST_SEED, index, "train")
+        for medium in ("av", "video", "audio"):
+            for question in clip.questions(medium):
+                yield from (question.text, question.text.replace("video", "image"), question.answer)
+
+
+if __name__ == "__main__":
+    main()
