@@ -232,7 +232,18 @@ class VideoTrainer(Trainer):
                 f"'{checkpoint}' is the last of its run, whose weights are sharded; remove it to "
                 "go on from the one before"
             )
-        self.network.load_state_dict(load_file(checkpoint / WEIGHTS), strict=False)
+        self._load_from_checkpoint(str(checkpoint))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        # called by `train`, which wants all weights of a model of transformers' own
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        trained = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        unexpected = self.network.load_state_dict(trained, strict=False).unexpected_keys
+        assert not unexpected, f"no place for {unexpected}"
 
     def gather_state(self) -> dict[str, Tensor]:
         """Collect the network's weights on the CPU of the first process."""
