@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vla2cli.errors import UsageError, why
+from vla2cli.inputs import encode_name
 from vla2cli.ledger import Record, key_of, read_records
 from vla2cli.world.write import CHOICE
 
@@ -63,7 +64,7 @@ def score(ledger: Path, manifest: Path) -> list[Row]:
 
     Args:
         ledger: JSON Lines of `vla2 ask` or `vla2 caption`; the last record of a question counts.
-        manifest: JSON Lines with `path` or `id`, `question`, `answer` and `kind`.
+        manifest: JSON Lines with `path`, `question`, `answer` and `kind`, perhaps an `id`.
 
     Returns:
         A row for each kind, in the order of the manifest.
@@ -144,7 +145,9 @@ def _parse(line: str, where: str) -> Expected:
         raise UsageError(f"{where} is not JSON; expected one object a line") from error
     if not isinstance(entry, dict):
         raise UsageError(f"{where} is {line[:24]!r}, expected a JSON object")
-    values = (entry.get("id", entry.get("path")), *map(entry.get, ("question", "answer", "kind")))
-    if not all(isinstance(value, str) for value in values):
+    fields = ("path", "question", "answer", "kind")
+    if not all(isinstance(entry.get(name), str) for name in fields):
         raise UsageError(f"{where} needs 'path', 'question', 'answer' and 'kind', all text")
-    return Expected(*map(str, values))
+    path, *others = (str(entry[name]) for name in fields)
+    name = entry.get("id")
+    return Expected(encode_name(path) if name is None else str(name), *others)

@@ -155,7 +155,7 @@ def test_every_object_and_shape_looks_different():
     for i, one in enumerate(drawn):
         assert (one != background).any()
         for other in drawn[:i]:
-            # four times what compression changes, see test_write.py
+            # more than what compression changes, see test_write.py
             assert np.abs(one.astype(int) - other).mean() > 8
 
 

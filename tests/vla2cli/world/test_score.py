@@ -161,6 +161,7 @@ def test_command_ends_well_where_nothing_is_missing(tmp_path, capsys):
         ('{"path": "a", "question": "b", "answer": "c"}', "line 1 needs 'path', 'question'"),
         ('{"question": "b", "answer": "c", "kind": "d"}', "line 1 needs 'path', 'question'"),
         ('{"path": 1, "question": "b", "answer": "c", "kind": "d"}', "line 1 needs 'path'"),
+        ('{"id": "a", "question": "b", "answer": "c", "kind": "d"}', "line 1 needs 'path'"),
         (json.dumps(MANIFEST[0]) + "\n{}", "line 2 needs 'path'"),
     ],
 )
