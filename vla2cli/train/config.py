@@ -54,6 +54,7 @@ class WorldData:
     # the steps
     word_weight: float = 1.0
     word_share: float = 0.5
+    exam_steps: int | None = None  # between two exams on clips of both splits; None: no exam
 
 
 @dataclass(frozen=True)
@@ -396,6 +397,7 @@ WORLD_KINDS: Mapping[str, Kind] = {
     "medium": _one_of(*MEDIA),
     "word_weight": (_is_number_from_0, "a number from 0"),
     "word_share": (_is_number_from_0, "a number from 0"),
+    "exam_steps": _COUNT,
 }
 LORA_KINDS: Mapping[str, Kind] = {
     "r": _COUNT,

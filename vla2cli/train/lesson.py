@@ -36,6 +36,7 @@ class Lesson:
     collator: Callable[[list[Any]], Batch]
     counts: Mapping[str, int]  # samples of an epoch, by file
     on_step: OnStep | None = None
+    reader: WorldReader | None = None  # of the clips that exams are about
 
     @property
     def num_samples(self) -> int:
@@ -66,7 +67,7 @@ def open_lesson(config: TrainConfig, checkpoint: Checkpoint) -> Lesson:
         medium=config.world.medium,
     )
     collator = Collator(tokenizer.eos_token_id, config.max_length, config.world.questions)
-    return Lesson(clips, collator, counts, _fade(config.world))
+    return Lesson(clips, collator, counts, _fade(config.world), reader)
 
 
 def _read_files(config: TrainConfig, checkpoint: Checkpoint) -> Lesson:

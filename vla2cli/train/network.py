@@ -108,6 +108,37 @@ class TrainedNetwork(nn.Module):
         loss = loss + self._unused(media)
         return {"loss": loss} if self.training else {"loss": loss, "logits": self._head(hidden)}
 
+    @torch.no_grad()
+    def recite(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        media: Sequence[Media],
+        segments: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tell which of the learned tokens the network finds likeliest, given those before them.
+
+        An answer whose tokens all are is the one that greedy decoding gives.
+
+        Args:
+            input_ids: as in `forward`, like all the others.
+            attention_mask: the same.
+            labels: the same.
+            media: the same.
+            segments: of packed rows.
+
+        Returns:
+            For each learned token, (N,): its row, its conversation in the row, and whether it is.
+        """
+        tokens = self.encode(media)
+        spliced = splice_rows(self.model, input_ids, attention_mask, labels, tokens, segments)
+        assert spliced.segments is not None, "rows that are not packed"
+        hidden, _ = self._read(spliced)
+        row, position = spliced.learned
+        said = self._head(hidden[row, spliced.predictors[row, position]]).argmax(-1)
+        return row, spliced.segments[row, position], said == spliced.labels[row, position]
+
     def _read(self, spliced: Spliced) -> tuple[Tensor, Tensor | float]:
         """Run the language model without its head; a router's own loss, or 0."""
         config = self.model.language_model.config

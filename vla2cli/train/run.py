@@ -25,7 +25,8 @@ from vla2cli.engine import DTYPES
 from vla2cli.errors import UsageError
 from vla2cli.layout import Layout
 from vla2cli.train.config import FREE_KEYS, TrainConfig
-from vla2cli.train.lesson import open_lesson
+from vla2cli.train.exam import Exam
+from vla2cli.train.lesson import Lesson, open_lesson
 from vla2cli.train.lora import add_adapter, find_targets
 from vla2cli.train.network import TrainedNetwork
 from vla2cli.train.save import check_form, form_of, save_trained
@@ -94,11 +95,29 @@ def train(
         lesson.collator,
         console,
         on_step=lesson.on_step,
+        callbacks=_exams(config, student, lesson),
         should_stop=should_stop,
     )
     if trained.is_finished:
         student.save(trained)
     return trained
+
+
+def _exams(config: TrainConfig, student: Student, lesson: Lesson) -> list[Exam]:
+    world, network = config.world, student.network
+    if world is None or world.exam_steps is None or lesson.reader is None:
+        return []
+    assert isinstance(network, TrainedNetwork), "exams are about answers"
+    return [
+        Exam(
+            Path(config.output),
+            network,
+            lesson.reader,
+            world.medium or "av",
+            world.exam_steps,
+            is_half=uses_bfloat16(config),
+        )
+    ]
 
 
 def make_student(config: TrainConfig, checkpoint: Checkpoint) -> Student:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -74,6 +74,7 @@ def run_training(
     console: Console,
     *,
     on_step: OnStep | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Trained:
     """Train what of a network takes gradients, from the newest checkpoint of its folder on.
@@ -88,6 +89,7 @@ def run_training(
             excepted; `skipped`, a list of (id, reason), is written down and taken out.
         console: where progress is told.
         on_step: makes more arguments for the network, such as a weight that decays.
+        callbacks: told of each step, as `transformers.Trainer` does.
         should_stop: whether to end behind a checkpoint.
 
     Raises:
@@ -109,6 +111,7 @@ def run_training(
         args=arguments,
         train_dataset=dataset,
         data_collator=collator,
+        callbacks=list(callbacks),
     )
     step, max_steps = (0, -1) if checkpoint is None else read_progress(checkpoint)
     if checkpoint is not None:
