@@ -31,6 +31,7 @@ from vla2cli.train.lora import add_adapter, find_targets
 from vla2cli.train.network import TrainedNetwork
 from vla2cli.train.save import check_form, form_of, save_trained
 from vla2cli.train.stages import TOWERS, freeze_all_but
+from vla2cli.train.stages import LANGUAGE_MODEL, freeze_all_but
 from vla2cli.train.start import open_start
 from vla2cli.train.towers import TowerTask
 from vla2cli.train.trainer import (
@@ -128,10 +129,8 @@ def make_student(config: TrainConfig, checkpoint: Checkpoint) -> Student:
     """
     is_half = uses_bfloat16(config)
     model = _load(config, checkpoint, is_half)
-    freeze_all_but(model, config.train)
     targets = find_targets(model.language_model)
-    if config.lora is not None:
-        add_adapter(model.language_model, config.lora, config.seed)
+    _choose_trained(config, model)
     is_sharded = config.fsdp is not None or config.deepspeed is not None
     frozen = torch.bfloat16 if is_half and not is_sharded else torch.float32
     for parameter in model.parameters():
@@ -147,6 +146,13 @@ def _saved_dtype(config: TrainConfig) -> torch.dtype:
     if config.save_dtype != "auto":
         return DTYPES[config.save_dtype]
     return torch.bfloat16 if uses_bfloat16(config) else torch.float32
+def _choose_trained(config: TrainConfig, model: VideoLLaMA2) -> None:
+    if config.lora is None:
+        freeze_all_but(model, config.train)
+        return
+    # weights of 4 bits take no gradients, not even for a moment
+    freeze_all_but(model, [part for part in config.train if part != LANGUAGE_MODEL])
+    add_adapter(model.language_model, config.lora, config.seed)
 
 
 _CPU = torch.device("cpu")
@@ -195,9 +201,7 @@ def _count_parameters(
     config: TrainConfig, checkpoint_config: CheckpointConfig
 ) -> dict[str, dict[str, int]]:
     model = build_empty(checkpoint_config)
-    freeze_all_but(model, config.train)
-    if config.lora is not None:
-        add_adapter(model.language_model, config.lora, config.seed)
+    _choose_trained(config, model)
     trained = _count(dict(named_trained(model)))
     return {
         part: {"trained": trained[part], "all": total}

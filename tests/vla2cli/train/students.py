@@ -1,10 +1,12 @@
 """Tiny networks to train, and clips made of noise that need no file."""
 
+import copy
 import functools
 
 import torch
 
 from tests.tiny import SHORT_WINDOW, write_tiny
+from vla2_models.checkpoint import open_checkpoint
 from vla2_models.hub import Source
 from vla2_models.loading import load_model
 from vla2cli.console import Console
@@ -88,7 +90,12 @@ def run(config, hub_dir, dataset=None, console=QUIET, **more):
 
 
 def logits_of(model, seed=0):
-    """(L, V) of one sample, from networks that are not trained any more."""
+    """(L, V) of one sample, from networks that are not trained any more.
+
+    They are copied first: products of a memory-mapped weight, which lies anywhere, are rounded in
+    another order than those of one that begins on a cache line.
+    """
+    model = copy.deepcopy(model)
     collated = COLLATOR([Sample(("a",), (row(seed),), media(seed))])
     clip = collated["media"][0]
     with torch.no_grad():
@@ -100,6 +107,4 @@ def logits_of(model, seed=0):
 
 def loaded(folder, hub_dir):
     """The networks of a folder, as `vla2 --model` has them."""
-    from vla2_models.checkpoint import open_checkpoint
-
     return load_model(open_checkpoint(str(folder), Source(hub_dir)), dtype=torch.float32)
