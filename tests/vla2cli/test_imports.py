@@ -36,6 +36,7 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
         ["features", "-h"],
         ["bench", "--help"],
         ["export", "-h"],
+        ["train", "-h"],
         ["export", "--list"],
         ["world", "-h"],
         ["world", "score", "-h"],

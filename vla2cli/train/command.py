@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +43,8 @@ def train(
     """
     from vla2cli.train.config import read_config
 
-    console = Console(quiet=quiet, verbose=verbose)
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher started
+    console = Console(quiet=quiet or not is_first, verbose=verbose and is_first)
     wanted = read_config(config, settings or ())
     console.note(f"looking at '{wanted.model}' …")
     from vla2cli.stop import Stop

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -155,13 +154,9 @@ def _choose_trained(config: TrainConfig, model: VideoLLaMA2) -> None:
     add_adapter(model.language_model, config.lora, config.seed)
 
 
-_CPU = torch.device("cpu")
-
-
 def _load(config: TrainConfig, checkpoint: Checkpoint, is_half: bool) -> VideoLLaMA2:
     if config.quantize is not None:
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else _CPU
+        device = make_arguments(config).device
         layout = Layout(load_in=config.quantize)
         layout.check(checkpoint.config.language, device)
         return layout.load(checkpoint, torch.bfloat16 if is_half else torch.float32, device)

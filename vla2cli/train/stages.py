@@ -47,11 +47,6 @@ class Stage:
     image_aspect_ratio: str | None = None  # pad: images are made square; None: stretched
     va: bool = False  # whether the sound of videos is heard
 
-    @property
-    def hears(self) -> bool:
-        """Whether it trains what only a model with ears has."""
-        return any(part in HEARING for part in self.trained)
-
 
 TOWERS = "towers"
 STAGES: Mapping[str, Stage] = {

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,6 +114,8 @@ def run_training(
         data_collator=collator,
         callbacks=list(callbacks),
     )
+    if trainer.is_world_process_zero():
+        remove_unfinished(folder)
     step, max_steps = (0, -1) if checkpoint is None else read_progress(checkpoint)
     if checkpoint is not None:
         console.note(f"going on from step {step:,}: {checkpoint}")
@@ -389,6 +392,13 @@ def find_checkpoint(folder: Path) -> Path | None:
     """Find the newest checkpoint of a run that is whole."""
     found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove checkpoints that were never complete: they would count among those that are kept."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not (checkpoint / COMPLETE).exists():
+            shutil.rmtree(checkpoint)
 
 
 def read_progress(checkpoint: Path) -> tuple[int, int]:

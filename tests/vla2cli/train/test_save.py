@@ -15,6 +15,7 @@ from tests.vla2cli.train.students import (
 )
 from vla2_models.checkpoint import open_checkpoint
 from vla2_models.hub import Source
+from vla2_models.loading import load_model
 from vla2cli.engine import Engine
 from vla2cli.errors import UsageError
 from vla2cli.train.config import make_config
@@ -106,6 +107,17 @@ def test_an_adapter_below_4_bits_loads_on_the_whole_weights(tmp_path):
     assert not torch.equal(base.state_dict()[name], again.state_dict()[name])
     kept = "language_model.lm_head.weight"
     assert torch.equal(base.state_dict()[kept], again.state_dict()[kept])
+
+
+@pytest.mark.parametrize("stage", ["video-pretrain", "joint"])
+def test_bfloat16_is_saved_where_products_are_made_in_it(stage, tmp_path):
+    folder, student = trained_folder(tmp_path, stage, precision="bfloat16")
+    model = student.network.model
+    assert model.mm_projector.readout[0].weight.dtype == torch.float32  # what is trained
+    assert model.vision_tower.post_layernorm.weight.dtype == torch.bfloat16  # what is not
+    checkpoint = open_checkpoint(str(folder), Source(tmp_path / "hub"))
+    stored = load_model(checkpoint, dtype=None).mm_projector.readout[0].weight
+    assert torch.equal(stored, model.mm_projector.readout[0].weight.bfloat16())
 
 
 def test_one_stage_goes_on_from_the_files_of_another(tmp_path):

@@ -13,6 +13,7 @@ from vla2cli.train.trainer import (
     group_parameters,
     make_arguments,
     named_trained,
+    remove_unfinished,
     run_training,
 )
 
@@ -177,3 +178,5 @@ def test_only_whole_checkpoints_are_gone_on_from(tmp_path):
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}/complete").touch()
     assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    remove_unfinished(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-10"}
