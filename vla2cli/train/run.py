@@ -29,8 +29,7 @@ from vla2cli.train.lesson import Lesson, open_lesson
 from vla2cli.train.lora import add_adapter, find_targets
 from vla2cli.train.network import TrainedNetwork
 from vla2cli.train.save import check_form, form_of, save_trained
-from vla2cli.train.stages import TOWERS, freeze_all_but
-from vla2cli.train.stages import LANGUAGE_MODEL, freeze_all_but
+from vla2cli.train.stages import LANGUAGE_MODEL, TOWERS, freeze_all_but
 from vla2cli.train.start import open_start
 from vla2cli.train.towers import TowerTask
 from vla2cli.train.trainer import (
@@ -145,6 +144,8 @@ def _saved_dtype(config: TrainConfig) -> torch.dtype:
     if config.save_dtype != "auto":
         return DTYPES[config.save_dtype]
     return torch.bfloat16 if uses_bfloat16(config) else torch.float32
+
+
 def _choose_trained(config: TrainConfig, model: VideoLLaMA2) -> None:
     if config.lora is None:
         freeze_all_but(model, config.train)
