@@ -140,6 +140,15 @@ def make_student(config: TrainConfig, checkpoint: Checkpoint) -> Student:
     return Student(config, checkpoint, network, targets)
 
 
+def _choose_trained(config: TrainConfig, model: VideoLLaMA2) -> None:
+    if config.lora is None:
+        freeze_all_but(model, config.train)
+        return
+    # weights of 4 bits take no gradients, not even for a moment
+    freeze_all_but(model, [part for part in config.train if part != LANGUAGE_MODEL])
+    add_adapter(model.language_model, config.lora, config.seed)
+
+
 def _saved_dtype(config: TrainConfig) -> torch.dtype:
     if config.save_dtype != "auto":
         return DTYPES[config.save_dtype]
