@@ -155,15 +155,6 @@ def _saved_dtype(config: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if uses_bfloat16(config) else torch.float32
 
 
-def _choose_trained(config: TrainConfig, model: VideoLLaMA2) -> None:
-    if config.lora is None:
-        freeze_all_but(model, config.train)
-        return
-    # weights of 4 bits take no gradients, not even for a moment
-    freeze_all_but(model, [part for part in config.train if part != LANGUAGE_MODEL])
-    add_adapter(model.language_model, config.lora, config.seed)
-
-
 def _load(config: TrainConfig, checkpoint: Checkpoint, is_half: bool) -> VideoLLaMA2:
     if config.quantize is not None:
         device = make_arguments(config).device
