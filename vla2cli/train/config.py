@@ -27,7 +27,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 FORMS = get_args(Form)
 SAVES = ("auto", "full", "projector")
 SAVE_DTYPES = ("auto", "float32", "float16", "bfloat16")
-MEDIA = (None, "av", "video", "audio", "image")
+MEDIA = ("av", "video", "audio")
 ASPECT_RATIOS = (None, "pad")
 # what of a run may change when it goes on: none of it changes the weights by more than rounding
 FREE_KEYS = ("log_steps", "save_steps", "workers", "per_device_batch", "gradient_checkpointing")
@@ -200,40 +200,43 @@ def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _data_file(entry: Mapping[str, Any]) -> DataFile:
-    _check_keys(entry, [field.name for field in fields(DataFile)], "setting of data")
-    for key, (is_kind, wanted) in DATA_KINDS.items():
-        if entry.get(key) is not None and not is_kind(entry[key]):
-            raise UsageError(f"{key} of data is {_shown(entry[key])}, expected {wanted}")
-    if entry.get("file") is None:
+    given = _given(entry, DATA_KINDS, "data")
+    if "file" not in given:
         raise UsageError(f"data has an entry without a file: {_shown(entry)}")
-    return DataFile(**{key: value for key, value in entry.items() if value is not None})
+    return DataFile(**given)
 
 
 def _world(value: Mapping[str, Any]) -> WorldData:
-    _check_keys(value, [field.name for field in fields(WorldData)], "setting of world")
-    for key, (is_kind, wanted) in WORLD_KINDS.items():
-        if key in value and not is_kind(value[key]):
-            raise UsageError(f"{key} of world is {_shown(value[key])}, expected {wanted}")
-    if "clips" not in value:
+    given = _given(value, WORLD_KINDS, "world")
+    if "clips" not in given:
         raise UsageError("world has no clips; expected their number in an epoch")
-    return WorldData(**value)
+    return WorldData(**given)
 
 
 def _lora(value: bool | Mapping[str, Any]) -> Lora | None:
     if isinstance(value, bool):
         return Lora() if value else None
-    _check_keys(value, [field.name for field in fields(Lora)], "setting of lora")
-    for key, (is_kind, wanted) in LORA_KINDS.items():
-        if key in value and not is_kind(value[key]):
-            raise UsageError(f"{key} of lora is {_shown(value[key])}, expected {wanted}")
-    return Lora(**value)
+    return Lora(**_given(value, LORA_KINDS, "lora"))
+
+
+def _given(value: Mapping[str, Any], kinds: Mapping[str, Kind], of: str) -> dict[str, Any]:
+    """Check a table of settings below a key; what is null is not given."""
+    _check_keys(value, kinds, f"setting of {of}")
+    given = {key: setting for key, setting in value.items() if setting is not None}
+    for key, setting in given.items():
+        is_kind, wanted = kinds[key]
+        if not is_kind(setting):
+            raise UsageError(f"{key} of {of} is {_shown(setting)}, expected {wanted}")
+    return given
 
 
 def _check(config: TrainConfig) -> None:
-    if config.world is not None and config.data:
-        raise UsageError("world and data exclude each other; give one")
-    if config.stage == TOWERS and config.world is None:
-        raise UsageError(f"stage {TOWERS} learns from the drawn world alone; give world")
+    _check_world(config)
+    is_sharded = config.fsdp is not None or config.deepspeed is not None
+    if config.muon_learning_rate is not None and is_sharded:
+        raise UsageError(
+            "muon_learning_rate is of whole matrices, which fsdp and deepspeed cut; leave it out"
+        )
     if config.batch % config.per_device_batch:
         raise UsageError(
             f"batch is {config.batch}, no multiple of per_device_batch {config.per_device_batch}"
@@ -251,6 +254,24 @@ def _check(config: TrainConfig) -> None:
         raise UsageError("save is projector, but the language model is trained; leave save out")
     if config.deepspeed is not None and config.fsdp is not None:
         raise UsageError("deepspeed and fsdp exclude each other; give one")
+
+
+def _check_world(config: TrainConfig) -> None:
+    world = config.world
+    if config.stage == TOWERS and world is None:
+        raise UsageError(f"stage {TOWERS} learns from the drawn world alone; give world")
+    if world is None:
+        return
+    if config.data:
+        raise UsageError("world and data exclude each other; give one")
+    if config.num_frames is not None:
+        raise UsageError(
+            "num_frames is for files; clips of world have the model's own; leave it out"
+        )
+    if config.pack != 1:
+        raise UsageError("pack is for files; world.questions about a clip are packed; leave it out")
+    if config.stage == TOWERS and world.exam_steps is not None:
+        raise UsageError(f"world.exam_steps: stage {TOWERS} answers no questions; leave it out")
 
 
 def _set(content: dict[str, Any], override: str) -> None:

@@ -1,14 +1,15 @@
 """Questions about clips that were not learned from, asked while a network is trained.
 
-Each is right when greedy decoding would give the true answer word for word. One forward pass tells
-that for all of them (`TrainedNetwork.recite`).
+Each is right when greedy decoding would give the true answer word for word, to the question in the
+checkpoint's template, in whatever form the stage learns. One forward pass tells that for all of
+them (`TrainedNetwork.recite`).
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from vla2cli.train.collate import Collator
 from vla2cli.train.hf import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from vla2cli.train.log import read_lines
+from vla2cli.train.log import append_lines, take_back
 from vla2cli.train.network import TrainedNetwork
 from vla2cli.train.samples import Sample
 from vla2cli.train.world import WorldReader, WorldSamples
@@ -54,30 +55,30 @@ class Exam(TrainerCallback):
         self.path, self.network, self.every = folder / EXAM, network, every
         self.is_half = is_half
         self.collator = Collator(reader.tokenizer.eos_token_id, 2**20, _ALL_QUESTIONS)
-        self.papers = {split: _draw(reader, split, medium) for split in SPLITS}
+        asking = replace(reader, form="chat")
+        self.papers = {split: _draw(asking, split, medium) for split in SPLITS}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Take back what lies beyond the checkpoint."""
         if state.is_world_process_zero:
-            before = list(read_lines(self.path, last_step=state.global_step))
-            self.path.write_text("".join(f"{json.dumps(line)}\n" for line in before))
+            take_back(self.path, state.global_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Hold an exam where one is due."""
         is_due = state.global_step % self.every == 0 or state.global_step == state.max_steps
-        if not (is_due and state.is_world_process_zero):
-            return
-        self.network.eval()
-        with self.path.open("a", encoding="utf-8") as file:
-            for split, samples in self.papers.items():
-                for kind, (num, right) in sorted(self.mark(samples).items()):
-                    line = {"step": state.global_step, "split": split, "kind": kind}
-                    file.write(json.dumps({**line, "num": num, "right": right}) + "\n")
-        self.network.train()
+        if is_due and state.is_world_process_zero:
+            self.network.eval()
+            append_lines(self.path, self._lines(state.global_step))
+            self.network.train()
+
+    def _lines(self, step: int) -> Iterator[dict[str, int | str]]:
+        for split, samples in self.papers.items():
+            for kind, (num, right) in sorted(self.mark(samples).items()):
+                yield {"step": step, "split": split, "kind": kind, "num": num, "right": right}
 
     def mark(self, samples: Sequence[Sample]) -> dict[str, tuple[int, int]]:
         """Count the questions and the right answers of each kind."""
@@ -86,6 +87,7 @@ class Exam(TrainerCallback):
         for start in range(0, len(samples), BATCH):
             some = samples[start : start + BATCH]
             batch = self.collator(some)
+            assert len(batch["media"]) == len(some), "each sample is one packed row"
             batch.pop("skipped")
             batch.pop("word_targets")
             with torch.autocast(self.network.model.device.type, torch.bfloat16, self.is_half):

@@ -25,7 +25,7 @@ from vla2cli.train.samples import DataFile, SampleDataset
 from vla2cli.train.stages import TOWERS
 from vla2cli.train.towers import TowerSamples, collate_towers
 from vla2cli.train.trainer import Batch, OnStep
-from vla2cli.train.world import WorldReader, WorldSamples
+from vla2cli.train.world import WorldReader, WorldSamples, check_world
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def open_lesson(config: TrainConfig, checkpoint: Checkpoint) -> Lesson:
     """Open what a configuration names to learn from.
 
     Raises:
-        UsageError: there is none, or a file is not in the format.
+        UsageError: there is none, a file is not in the format, or the world does not fit the model.
     """
     if config.world is None:
         return _read_files(config, checkpoint)
@@ -57,6 +57,7 @@ def open_lesson(config: TrainConfig, checkpoint: Checkpoint) -> Lesson:
     if config.stage == TOWERS:
         pictures = TowerSamples(checkpoint.config, geometry, config.world.seed, config.world.clips)
         return Lesson(pictures, collate_towers, counts)
+    check_world(checkpoint.config, config.world.medium)
     tokenizer = load_tokenizer(checkpoint.text_folder)
     reader = WorldReader(tokenizer, checkpoint.config, geometry, config.form)
     clips = WorldSamples(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,9 +79,8 @@ class RunLog(TrainerCallback):
         self._started = time.monotonic() - self.totals.seconds
         if state.is_world_process_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_lines(self.folder / LOG, before)
-            skipped = list(read_lines(self.folder / SKIPPED, last_step=state.global_step))
-            _write_lines(self.folder / SKIPPED, skipped)
+            for name in (LOG, SKIPPED):
+                take_back(self.folder / name, state.global_step)
 
     def on_step_end(
         self,
@@ -124,13 +123,13 @@ class RunLog(TrainerCallback):
                 f"the loss is {line['loss']} at step {state.global_step}; take a smaller "
                 "learning_rate, or float32, and go on from the last checkpoint"
             )
-        _append(self.folder / LOG, [line])
+        append_lines(self.folder / LOG, [line])
         self._note(line, state.max_steps)
 
     def skip(self, step: int, samples: Iterable[tuple[str, str]]) -> None:
         """Write down samples that could not be used: (id, reason)."""
         lines = [{"step": step, "id": id_, "reason": reason} for id_, reason in samples]
-        _append(self.folder / SKIPPED, lines)
+        append_lines(self.folder / SKIPPED, lines)
 
     def _note(self, line: dict[str, Any], max_steps: int) -> None:
         now = time.monotonic()
@@ -159,6 +158,20 @@ def read_lines(path: Path, last_step: int | None = None) -> Iterator[dict[str, A
             yield line
 
 
+def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write lines behind those of a file of JSON Lines."""
+    with path.open("a", encoding="utf-8") as file:
+        for line in lines:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def take_back(path: Path, last_step: int) -> None:
+    """Leave of a file of JSON Lines what is not beyond a step."""
+    lines = list(read_lines(path, last_step))
+    path.unlink(missing_ok=True)
+    append_lines(path, lines)
+
+
 def plot_loss(folder: Path) -> None:
     """Draw the losses of log.jsonl into loss.png."""
     lines = list(read_lines(folder / LOG))
@@ -180,14 +193,3 @@ def _smooth(values: list[float], weight: float = 0.95) -> list[float]:
         mean = weight * mean + (1 - weight) * value
         smooth.append(mean / (1 - weight**number))
     return smooth
-
-
-def _append(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        for line in lines:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    path.unlink(missing_ok=True)
-    _append(path, lines)

@@ -24,8 +24,6 @@ from vla2cli.train.conversation import IGNORED
 from vla2cli.train.media import Media
 from vla2cli.train.splice import Spliced, attention_mask_of, splice_rows
 
-BLANK_ROWS = 16  # of a sound that only keeps the audio tower in step: one row of patches
-
 
 class TrainedNetwork(nn.Module):
     """A checkpoint's networks with the loss of a batch; what is frozen runs without gradients.
@@ -255,10 +253,13 @@ class TrainedNetwork(nn.Module):
             assert isinstance(size, int), size
             frames = torch.zeros(model.config.connector.min_frames, 3, size, size)
             blanks += self._see([Media(pixel_values=frames)]).values()
-        if _is_trained(model.audio_tower, model.mm_projector_a) and not any(
-            medium.fbank is not None for medium in media
+        if (
+            model.audio_tower is not None
+            and _is_trained(model.audio_tower, model.mm_projector_a)
+            and not any(medium.fbank is not None for medium in media)
         ):
-            fbank = torch.zeros(1, BLANK_ROWS, NUM_MEL_BINS)
+            # one row of patches
+            fbank = torch.zeros(1, model.audio_tower.design.patch_size, NUM_MEL_BINS)
             blanks += self._hear([Media(fbank=fbank)]).values()
         return sum((0.0 * tokens.float().sum() for tokens in blanks), 0.0)
 

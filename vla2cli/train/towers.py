@@ -28,8 +28,8 @@ from vla2cli.world.clip import WorldClip
 from vla2cli.world.crowd import COLOUR_NAMES, KINDS, SCENE_NAMES, draw_crowd
 from vla2cli.world.vocabulary import SOUNDS
 
-_SOUND_NAMES = tuple(SOUNDS)
-# classes of each head, and what its loss counts; the sound's head is the audio tower's
+_SOUND_NAMES = (None, *SOUNDS)  # None: silence
+# classes of each head of the vision tower, and what its loss counts; the sound's counts 1
 _PICTURE_HEADS = {
     "kinds": (len(KINDS) + 1, 1.0),
     "colours": (len(COLOUR_NAMES) + 1, 0.5),
@@ -91,15 +91,14 @@ class TowerSamples(Dataset[TowerSample]):
             return sample
         clip = WorldClip(self.seed, index, "train")
         rows = fbank(clip.track())
-        sounds = torch.from_numpy(self._sounds(clip, len(rows) // self.patch_rows))
+        seconds = middles(len(rows) // self.patch_rows, self.patch_rows)
+        sounds = torch.tensor([_SOUND_NAMES.index(clip.heard_at(second)) for second in seconds])
         return replace(sample, fbank=rows, sounds=sounds)
 
-    def _sounds(self, clip: WorldClip, num_rows: int) -> NDArray[np.int64]:
-        if clip.span is None or clip.facts.sound is None:
-            return np.zeros(num_rows, np.int64)
-        middles = (np.arange(num_rows) + 0.5) * self.patch_rows * _ROW_S
-        is_heard = (clip.span[0] <= middles) & (middles < clip.span[1])
-        return is_heard * (_SOUND_NAMES.index(clip.facts.sound) + 1)
+
+def middles(num_rows: int, patch_rows: int) -> list[float]:
+    """List the second in the middle of each row of patches, of `patch_rows` rows of the fbank."""
+    return [(row + 0.5) * patch_rows * _ROW_S for row in range(num_rows)]
 
 
 def spoil(frames: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -119,14 +118,15 @@ def _as_jpeg(frame: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
 
 
 def collate_towers(samples: Sequence[TowerSample]) -> dict[str, Any]:
-    """Stack samples, one of which has a sound, to what `TowerTask.forward` takes."""
+    """Stack samples to what `TowerTask.forward` takes; `fbank` and `sounds` of those that have."""
     batch = {
         name: torch.stack([getattr(sample, name) for sample in samples])
         for name in ("pixel_values", *_PICTURE_HEADS)
     }
     for name in ("fbank", "sounds"):
-        given = [getattr(sample, name) for sample in samples]
-        batch[name] = torch.stack([tensor for tensor in given if tensor is not None])
+        given = [getattr(sample, name) for sample in samples if sample.fbank is not None]
+        if given:
+            batch[name] = torch.stack(given)
     return {**batch, "labels": batch["kinds"], "skipped": []}
 
 
@@ -144,18 +144,18 @@ class TowerTask(nn.Module):
         assert model.audio_tower is not None, "the towers' stage trains both of them"
         self.model = model
         width, ears_width = model.config.mm_hidden_size, model.audio_tower.design.hidden_size
-        self.patches = NUM_MEL_BINS // model.audio_tower.design.patch_size  # of one moment
+        self.patch_size = model.audio_tower.design.patch_size
         self.norm = nn.LayerNorm(width)
         self.heads = nn.ModuleDict(
             {name: nn.Linear(width, num) for name, (num, _) in _PICTURE_HEADS.items()}
         )
-        self.sound_head = nn.Linear(ears_width, len(_SOUND_NAMES) + 1)
+        self.sound_head = nn.Linear(ears_width, len(_SOUND_NAMES))
 
     def forward(
         self,
         pixel_values: Tensor,
-        fbank: Tensor,
-        sounds: Tensor,
+        fbank: Tensor | None = None,
+        sounds: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **labels: Tensor,
     ) -> dict[str, Tensor]:
@@ -163,32 +163,32 @@ class TowerTask(nn.Module):
 
         Args:
             pixel_values: (B, 3, S, S).
-            fbank: (b, R, 128), b at most B.
-            sounds: (b, rows of patches).
+            fbank: (b, R, 128), b at most B; None in a batch without sound.
+            sounds: (b, rows of patches), None likewise.
             num_items_in_batch: learned labels of the whole step, as `transformers.Trainer` counts.
             labels: (B, N) for each of the picture's heads.
 
         Returns:
-            `loss`, and for each head its share of right answers where there is something to name.
+            `loss`, and when the module is evaluated each head's logits (B, N, classes).
         """
         features = self.norm(self.model.encode_frames(pixel_values))
-        heard = self.model.encode_sound(fbank)
         logits = {name: head(features) for name, head in self.heads.items()}
-        logits["sounds"] = self.sound_head(heard)
-        truths = {name: labels[name] for name in self.heads}
-        truths["sounds"] = sounds.repeat_interleave(self.patches, dim=1)
         loss = torch.zeros((), device=features.device)
-        for name, truth in truths.items():
-            weight = _PICTURE_HEADS[name][1] if name in _PICTURE_HEADS else 1.0
-            rows = logits[name].float().flatten(0, 1)
-            loss = loss + weight * functional.cross_entropy(rows, truth.flatten())
+        for name, (_, weight) in _PICTURE_HEADS.items():
+            loss = loss + weight * _cross_entropy(logits[name], labels[name])
+        if fbank is None or sounds is None:
+            # other processes wait for the ears' gradients
+            blank = torch.zeros(1, self.patch_size, NUM_MEL_BINS)
+            loss = loss + 0.0 * self.sound_head(self.model.encode_sound(blank)).sum()
+        else:
+            logits["sounds"] = self.sound_head(self.model.encode_sound(fbank))
+            patches = NUM_MEL_BINS // self.patch_size  # of one moment
+            truth = sounds.repeat_interleave(patches, dim=1)
+            loss = loss + _cross_entropy(logits["sounds"], truth)
         if num_items_in_batch is not None:
             loss = loss * (labels["labels"][:, 1:].numel() / num_items_in_batch)
-        if self.training:
-            return {"loss": loss}
-        return {"loss": loss, **{f"{n}_right": _right(logits[n], truths[n]) for n in truths}}
+        return {"loss": loss} if self.training else {"loss": loss, **logits}
 
 
-def _right(logits: Tensor, truth: Tensor) -> Tensor:
-    is_named = truth > 0
-    return (logits.argmax(-1) == truth)[is_named].float().mean()
+def _cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.float().flatten(0, 1), truth.flatten())

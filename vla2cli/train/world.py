@@ -8,42 +8,77 @@ language model that has never seen text learns from them at once what a token me
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from vla2_models.beats_design import NUM_MEL_BINS
 from vla2_models.config import CheckpointConfig
-from vla2_models.stc import ConnectorDesign
+from vla2_models.sound import SoundWindow
+from vla2_models.stc import grid_side
+from vla2cli.errors import UsageError
 from vla2cli.media.sampling import uniform_indices
 from vla2cli.preprocess import FrameGeometry, fbank, fit_frame, normalise
 from vla2cli.tokenizer import Tokenizer
 from vla2cli.train.conversation import IGNORED, Form, Utterance, build_row
 from vla2cli.train.media import Media
 from vla2cli.train.samples import Sample
-from vla2cli.train.towers import spoil
+from vla2cli.train.towers import middles, spoil
 from vla2cli.world.clip import WorldClip
-from vla2cli.world.facts import Thing
+from vla2cli.world.encode import NUM_FRAMES, SIDE
+from vla2cli.world.facts import DURATION_S, Thing
 from vla2cli.world.picture import draw_silhouette
 from vla2cli.world.vocabulary import SCENES
 from vla2cli.world.words import Question
 
-NUM_FILE_FRAMES = 50  # of a clip as a file: five seconds at ten a second
 NUM_WORDS = 8  # targets of one token at most
 
 # how often a clip is seen with its sound, without, only heard, or as a still picture
 _MEDIA = {"av": 0.7, "video": 0.12, "audio": 0.12, "image": 0.06}
 _STILL_PLOTS = ("stands", "count")
-_SIDES = (112, 160, 224, 320)  # that clips are drawn at, before they are fitted
+_SIDES = (112, 160, 224, SIDE)  # that clips are drawn at, before they are fitted
 _CELL = 16  # pixels of a connector's cell where silhouettes are measured
 _SHOWN = 0.1  # of a cell, from which on its token is to name a thing
 _ACROSS = (("left",), ("left", "middle"), ("right", "middle"), ("right",))
 _DOWN = (("top",), ("top", "middle"), ("bottom", "middle"), ("bottom",))
 _WHEN = ("beginning", "halfway", "end")
-_ROW_S = 0.01
+
+Name = TypeVar("Name")
+
+
+def check_world(config: CheckpointConfig, medium: str | None) -> None:
+    """Refuse a model that the world's clips, or words for their tokens, do not fit.
+
+    Args:
+        config: of the checkpoint.
+        medium: what it is given of clips; None: now this, now that.
+
+    Raises:
+        UsageError: naming the way out.
+    """
+    if config.connector.kernel is None or config.connector.padding:
+        raise UsageError(
+            f"world names what a connector's tokens show, and those of '{config.projector_type}' "
+            "are no blocks of patches; take stc_connector_v35, stp_connector or spatial_pool"
+        )
+    if medium in ("video", "image"):
+        return
+    if config.audio is None:
+        raise UsageError(
+            "world gives the sound of clips, but the model has no audio tower; set world.medium to "
+            "video"
+        )
+    if config.audio.window != SoundWindow(DURATION_S, 1, DURATION_S):
+        raise UsageError(
+            f"world's clips last {DURATION_S:g} s, but the model hears "
+            f"{config.audio.window.duration_s:g} s at once in {config.audio.window.num_clips} "
+            "pieces; set world.medium to video"
+        )
 
 
 @dataclass(frozen=True)
@@ -66,7 +101,7 @@ class WorldReader:
         moments = self.moments if medium != "image" else [0.5]
         pixel_values = sound = None
         if medium != "audio":
-            side = 320 if rng is None else int(rng.choice(_SIDES))
+            side = SIDE if rng is None else int(rng.choice(_SIDES))
             frames = [fit_frame(frame, self.geometry) for frame in clip.frames(moments, side)]
             fitted = np.stack(frames)
             fitted = fitted if rng is None else spoil(fitted, rng)
@@ -78,8 +113,8 @@ class WorldReader:
     @property
     def moments(self) -> list[float]:
         """The shares of a clip's length at which its frames are looked at."""
-        indices = uniform_indices(NUM_FILE_FRAMES, self.config.num_frames)
-        return [(int(i) + 0.5) / NUM_FILE_FRAMES for i in indices]
+        indices = uniform_indices(NUM_FRAMES, self.config.num_frames)  # of the clip as a file
+        return [(int(i) + 0.5) / NUM_FRAMES for i in indices]
 
     def sample(
         self, clip: WorldClip, medium: str, questions: Sequence[Question], media: Media
@@ -113,16 +148,18 @@ class WorldReader:
         return [i for word in words for i in self.tokenizer.encode(word)][:NUM_WORDS]
 
     def _seen(self, clip: WorldClip, moments: Sequence[float]) -> list[list[str]]:
-        slots, grid = _count_slots(self.config.connector, len(moments), self.config.num_patches)
-        stride = len(moments) // slots
+        assert self.config.connector.kernel is not None, "see `check_world`"
+        stride, rows, _ = self.config.connector.kernel
+        grid = grid_side(self.config.num_patches) // rows
+        background = SCENES[clip.facts.scene].rsplit(" ", 1)[1]
         words = []
-        for slot in range(slots):
-            shown = _show(clip, moments[slot * stride : (slot + 1) * stride], grid)
+        # frames that fill no block make no token
+        for start in range(0, len(moments) - stride + 1, stride):
+            shown = _show(clip, moments[start : start + stride], grid)
             for row in range(grid):
                 for column in range(grid):
                     thing = shown[row][column]
-                    where = [*_third(_ACROSS, column, grid), *_third(_DOWN, row, grid)]
-                    background = SCENES[clip.facts.scene].rsplit(" ", 1)[1]
+                    where = [*_part(_ACROSS, column, grid), *_part(_DOWN, row, grid)]
                     words.append([background] if thing is None else [thing.noun, *where])
         return words
 
@@ -131,12 +168,9 @@ class WorldReader:
         patch = self.config.audio.design.patch_size
         num_rows = self.config.audio.window.num_frames // patch
         words = []
-        for row in range(num_rows):
-            middle = (row + 0.5) * patch * _ROW_S
-            heard = ["silent"]
-            if clip.span is not None and clip.span[0] <= middle < clip.span[1]:
-                assert clip.facts.sound is not None
-                heard = [clip.facts.sound, _WHEN[row * len(_WHEN) // num_rows]]
+        for row, second in enumerate(middles(num_rows, patch)):
+            sound = clip.heard_at(second)
+            heard = ["silent"] if sound is None else [sound, _part(_WHEN, row, num_rows)]
             words += [heard] * (NUM_MEL_BINS // patch)
         return words
 
@@ -150,7 +184,7 @@ class WorldSamples(Dataset[Sample]):
         count: of clips.
         num_questions: about each, its caption among them.
         split: `train` or `heldout`.
-        medium: what of a clip is given; None: drawn for each.
+        medium: what of a clip is given; None: drawn for each, a still picture only of what stands.
         is_spoiled: whether frames are damaged as by a codec.
     """
 
@@ -197,22 +231,12 @@ def _draw_medium(clip: WorldClip, rng: np.random.Generator) -> str:
 
 
 def _of_image(question: Question) -> Question:
-    return Question(question.kind, question.text.replace("video", "image"), question.answer)
-
-
-def _count_slots(design: ConnectorDesign, num_frames: int, num_patches: int) -> tuple[int, int]:
-    """Return the slots in time, and the rows of cells, of a connector's tokens."""
-    tokens = design.count_tokens(num_frames, num_patches)
-    slots = num_frames // 2
-    grid = round((tokens / slots) ** 0.5)
-    if slots * grid**2 != tokens:
-        raise ValueError(f"no word targets for a connector with {tokens} tokens")
-    return slots, grid
+    return replace(question, text=question.text.replace("video", "image"))
 
 
 def _show(clip: WorldClip, moments: Sequence[float], grid: int) -> list[list[Thing | None]]:
     """Find the thing that covers most of each cell during some moments."""
-    covered: dict[Thing, np.ndarray] = {}
+    covered: dict[Thing, NDArray[np.float64]] = {}
     for moment in moments:
         for item in clip.placed(moment):
             pixels = draw_silhouette(item, grid * _CELL)
@@ -227,5 +251,6 @@ def _show(clip: WorldClip, moments: Sequence[float], grid: int) -> list[list[Thi
     return shown
 
 
-def _third(names: Sequence[tuple[str, ...]], at: int, grid: int) -> tuple[str, ...]:
-    return names[at * len(names) // grid]
+def _part(names: Sequence[Name], at: int, num: int) -> Name:
+    """Name the part of a whole of `num` in which one of them is."""
+    return names[at * len(names) // num]

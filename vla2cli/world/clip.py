@@ -42,6 +42,11 @@ class WorldClip:
         """The seconds in which its sound is heard; None: it is silent."""
         return sound_span(self.facts, self._generator(_SPAN))
 
+    def heard_at(self, second: float) -> str | None:
+        """Name the sound that is heard at a second of the clip; None: it is silent then."""
+        is_heard = self.span is not None and self.span[0] <= second < self.span[1]
+        return self.facts.sound if is_heard else None
+
     def placed(self, moment: float) -> list[Placed]:
         """List what is seen at a share of the clip from 0 to 1."""
         return placed_at(self.acts, moment)
