@@ -1,0 +1,97 @@
+"""What the labels of a crowd say is what its pixels show."""
+
+import numpy as np
+import pytest
+
+from vla2cli.world.clip import WorldClip
+from vla2cli.world.crowd import COLOUR_NAMES, KINDS, SCENE_NAMES, draw_crowd
+from vla2cli.world.vocabulary import COLOURS, OBJECTS, SHAPES
+
+SIDE, GRID = 112, 8
+SEED = 5
+
+
+@pytest.fixture(scope="module")
+def crowds():
+    return [draw_crowd(SEED, index, SIDE, GRID) for index in range(150)]
+
+
+def patches_of(crowd):
+    """(GRID, GRID, pixels, 3) of a picture."""
+    patch = SIDE // GRID
+    cut = crowd.frame.reshape(GRID, patch, GRID, patch, 3).swapaxes(1, 2)
+    return cut.reshape(GRID, GRID, patch * patch, 3).astype(int)
+
+
+def shares_of(crowd, colour):
+    """How much of each patch has one of the six colours, but for smoothed edges: (GRID, GRID)."""
+    distance = np.abs(patches_of(crowd) - COLOURS[colour]).max(-1)
+    return (distance < 12).mean(-1)
+
+
+def test_a_patch_with_a_coloured_shape_has_the_pixels_of_its_colour(crowds):
+    for number, colour in enumerate(COLOUR_NAMES, start=1):
+        shares = np.concatenate([shares_of(c, colour)[c.colours == number] for c in crowds])
+        assert len(shares) > 50
+        assert shares.mean() > 0.5, colour
+        # 0.3 of it is covered at least, smoothed edges and what stands before it taken off
+        assert (shares > 0.15).mean() > 0.97, colour
+
+
+def test_a_patch_of_the_background_shows_little_of_anything(crowds):
+    # no scene has these colours
+    for colour in ("red", "purple"):
+        shares = np.concatenate([shares_of(c, colour)[c.kinds == 0] for c in crowds])
+        assert shares.max() < 0.35
+
+
+def test_shapes_have_a_colour_and_objects_their_own(crowds):
+    for crowd in crowds:
+        is_shape = crowd.kinds > len(OBJECTS)
+        assert ((crowd.colours > 0) == is_shape).all()
+
+
+def test_every_thing_has_one_centre_and_most_are_named_there(crowds):
+    counts = [int(crowd.centres.sum()) for crowd in crowds]
+    assert set(counts) == {2, 3, 4, 5, 6}
+    named = 0
+    for crowd in crowds:
+        kinds = crowd.kinds[crowd.centres == 1]
+        # some objects, such as a key, have nothing in their middle
+        named += (kinds > 0).sum()
+        assert len(np.unique(crowd.kinds[crowd.kinds > 0])) <= len(kinds)
+    assert named > 0.95 * sum(counts)
+
+
+def test_every_kind_and_scene_is_drawn(crowds):
+    seen = np.unique(np.concatenate([crowd.kinds.ravel() for crowd in crowds]))
+    assert seen.tolist() == list(range(len(KINDS) + 1))
+    assert {crowd.scene for crowd in crowds} == set(range(len(SCENE_NAMES)))
+
+
+def test_a_scene_has_the_brightness_of_its_name(crowds):
+    means = {
+        name: np.mean([c.frame[-4:].mean() for c in crowds if SCENE_NAMES[c.scene] == name])
+        for name in SCENE_NAMES
+    }
+    assert min(means, key=means.get) == "night"
+    assert max(means, key=means.get) == "snow"
+
+
+def test_colours_and_shapes_go_together_as_in_training_clips():
+    crowded = set()
+    for index in range(500):
+        crowd = draw_crowd(SEED, index, side=32, grid=4)
+        pairs = np.stack([crowd.kinds, crowd.colours], -1)[crowd.colours > 0]
+        crowded |= {(KINDS[kind - 1], COLOUR_NAMES[colour - 1]) for kind, colour in pairs}
+    things = [t for i in range(2000) for t in WorldClip(SEED, i, "train").facts.things]
+    assert crowded == {(thing.name, thing.colour) for thing in things if thing.is_shape}
+    assert len(crowded) == len(SHAPES) * (len(COLOURS) - 1)
+
+
+def test_a_crowd_follows_from_its_seed_and_number():
+    one, same = (draw_crowd(SEED, 3, SIDE, GRID) for _ in range(2))
+    for name in ("frame", "kinds", "colours", "centres"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(same, name))
+    others = draw_crowd(SEED, 4, SIDE, GRID), draw_crowd(SEED + 1, 3, SIDE, GRID)
+    assert all((one.frame != other.frame).any() for other in others)
