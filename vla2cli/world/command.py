@@ -34,7 +34,8 @@ _MAX_NAMED = 10  # of what is missing, without --verbose
 _EXAMPLES = (
     "\b\nExamples:\n"
     "  vla2 world -o .demo/heldout --count 12 --seed 7 --split heldout\n"
-    "  vla2 world -o .demo/train --count 24 --workers 2"
+    "  vla2 world -o .demo/train --count 24 --workers 2\n"
+    "  vla2 world -o .demo/unheard --count 12 --seed 7 --split heldout --mute"
 )
 _SCORE_EXAMPLES = (
     "\b\nExamples (after vla2 world -o DIR and vla2 ask --manifest DIR/manifest.jsonl -o LEDGER):\n"
@@ -67,6 +68,17 @@ def make(
             "an object and a sound, or a colour and a shape.",
         ),
     ] = "train",
+    mute: Annotated[
+        bool,
+        typer.Option("--mute", help="A control: the same clips and questions, but no sound."),
+    ] = False,
+    shuffle: Annotated[
+        bool,
+        typer.Option(
+            "--shuffle",
+            help="A control: the same clips and questions, but frames in a random order.",
+        ),
+    ] = False,
     workers: Annotated[
         int | None,
         typer.Option("--workers", min=1, help="Processes; by default one a core, up to 16."),
@@ -91,16 +103,18 @@ def make(
     console = Console(quiet=quiet, verbose=verbose)
     started = time.monotonic()
     processes = min(workers or min(os.cpu_count() or 1, _MAX_WORKERS), number)
-    written = write_world(World(seed, split, number), output, workers=processes, force=force)
+    world = World(seed, split, number, is_muted=mute, is_shuffled=shuffle)
+    written = write_world(world, output, workers=processes, force=force)
     size_bytes = 0
     with cleaning_up(console.note), closing(written), _bar(number, is_shown=not quiet) as bar:
         for name in written:
             bar.advance(bar.task_ids[0])
             size_bytes += (output / name).stat().st_size
     console.detail(f"drawn and encoded by {processes} at a time")
+    controls = ", muted" * mute + ", shuffled" * shuffle
     console.note(
-        f"{output}: {count(number, f'{split} clip')} of seed {seed}, {format_size(size_bytes)}, "
-        f"in {format_duration(time.monotonic() - started)}"
+        f"{output}: {count(number, f'{split} clip')} of seed {seed}{controls}, "
+        f"{format_size(size_bytes)}, in {format_duration(time.monotonic() - started)}"
     )
 
 

@@ -17,26 +17,34 @@ SIDE = 320  # pixels
 FPS = 10
 NUM_FRAMES = round(DURATION_S * FPS)
 # what the clip's own generators do not use
-_TRACK = 6
+_TRACK, _SHUFFLING = 6, 7
 _NO_TRACK_SHARE = 1 / 3  # of the silent clips; the others have a silent track
 _CRF = "23"  # x264's default: about 40 kB with the sound
 _SOUND_BIT_RATE = 48_000
 
 
-def encode(clip: WorldClip, path: Path) -> None:
+def encode(
+    clip: WorldClip, path: Path, *, is_muted: bool = False, is_shuffled: bool = False
+) -> None:
     """Write a clip; the same clip gives the same bytes with the same FFmpeg.
 
     Args:
         clip: drawn at the middle of each of its frames.
         path: what stands there is overwritten.
+        is_muted: its track, where it has one, is silent; the picture is the same.
+        is_shuffled: its frames come in an order that chance has drawn for this clip; the sound is
+            the same.
 
     Raises:
         Vla2Error: the file cannot be written.
     """
-    moments = (np.arange(NUM_FRAMES) + 0.5) / NUM_FRAMES
-    frames = clip.frames(moments.tolist(), SIDE)
+    order = _shuffle(clip) if is_shuffled else np.arange(NUM_FRAMES)
+    frames = clip.frames(((order + 0.5) / NUM_FRAMES).tolist(), SIDE)
+    track = clip.track() if has_track(clip) else None
+    if track is not None and is_muted:
+        track = np.zeros_like(track)
     try:
-        _write(path, frames, clip.track() if has_track(clip) else None)
+        _write(path, frames, track)
     except (av.error.FFmpegError, OSError) as error:
         raise Vla2Error(f"cannot write '{path}': {str(error.strerror).lower()}") from error
 
@@ -45,6 +53,11 @@ def has_track(clip: WorldClip) -> bool:
     """Tell whether the file has a track of sound at all; chance decides for a silent clip."""
     rng = generator(clip.seed, clip.index, clip.split, purpose=_TRACK)
     return clip.facts.sound is not None or bool(rng.random() >= _NO_TRACK_SHARE)
+
+
+def _shuffle(clip: WorldClip) -> NDArray[np.int64]:
+    rng = generator(clip.seed, clip.index, clip.split, purpose=_SHUFFLING)
+    return rng.permutation(NUM_FRAMES)
 
 
 def _write(path: Path, frames: NDArray[np.uint8], track: NDArray[np.int16] | None) -> None:

@@ -3,6 +3,9 @@
 00000.mp4 …      the clips
 data.json        questions and answers in the public training format, one question an entry
 manifest.jsonl   the same as `vla2 ask --manifest` takes them and `vla2 world score` judges them
+
+Muted or shuffled clips are controls: what can no longer be told from them stays in the manifest, to
+see how often it is right all the same, and there is no data.json, from which one would learn lies.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,13 @@ class World:
     seed: int  # 0 or more
     split: str  # train | heldout
     count: int  # at least 1
+    is_muted: bool = False  # the sound is replaced by silence
+    is_shuffled: bool = False  # the frames come in a random order
+
+    @property
+    def is_control(self) -> bool:
+        """Whether something that is said of a clip cannot be told from its file."""
+        return self.is_muted or self.is_shuffled
 
     def clips(self) -> Iterator[tuple[str, WorldClip]]:
         """Yield each clip with the name of its file."""
@@ -67,7 +78,8 @@ def write_world(
     """
     with _prepared(folder, force=force):
         yield from _encode_all(world, folder, workers)
-        _write_text(folder / DATA, _listed(training_entries(world)))
+        if not world.is_control:
+            _write_text(folder / DATA, _listed(training_entries(world)))
         _write_text(folder / MANIFEST, "".join(f"{_line(e)}\n" for e in manifest_entries(world)))
 
 
@@ -155,9 +167,10 @@ def _remove_ours(folder: Path) -> None:
 
 
 def _encode_all(world: World, folder: Path, workers: int) -> Iterator[str]:
+    make = partial(encode, is_muted=world.is_muted, is_shuffled=world.is_shuffled)
     if workers == 1:
         for name, clip in world.clips():
-            encode(clip, folder / name)
+            make(clip, folder / name)
             yield name
         return
     # spawned: a fork of a process with threads may hang
@@ -166,7 +179,7 @@ def _encode_all(world: World, folder: Path, workers: int) -> Iterator[str]:
         try:
             names, clips = zip(*world.clips())
             paths = [folder / name for name in names]
-            for name, _ in zip(names, pool.map(encode, clips, paths), strict=True):
+            for name, _ in zip(names, pool.map(make, clips, paths), strict=True):
                 yield name
         except BaseException:
             pool.shutdown(cancel_futures=True)

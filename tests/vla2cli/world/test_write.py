@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,6 +77,52 @@ def test_a_third_of_the_silent_clips_has_no_track(tmp_path):
         clip = next(clip for clip in silent if has_track(clip) is with_track)
         encode(clip, tmp_path / "a.mp4")
         assert probe(str(tmp_path / "a.mp4"), "video").has_sound is with_track
+
+
+def control(path, **kind):
+    list(write_world(replace(WORLD, **kind), path))
+    return path
+
+
+def test_muted_clips_differ_in_nothing_but_sound(folder, tmp_path):
+    muted = control(tmp_path / "muted", is_muted=True)
+    for name, clip in WORLD.clips():
+        seen, unmuted = (
+            read_frames(str(path / name), "video", num_frames=8, sound=WHOLE)
+            for path in (muted, folder)
+        )
+        assert not seen.sound.waveform.any()
+        assert np.array_equal(seen.images, unmuted.images)
+        assert seen.flags == (() if has_track(clip) else ("no-audio-track",))
+    assert (muted / MANIFEST).read_bytes() == (folder / MANIFEST).read_bytes()
+
+
+def test_shuffled_clips_hold_the_same_frames_in_an_order_of_their_own(folder, tmp_path):
+    shuffled = control(tmp_path / "shuffled", is_shuffled=True)
+    orders = []
+    for name, clip in WORLD.clips():
+        drawn = clip.frames([(idx + 0.5) / 50 for idx in range(50)], 320)[:, ::8, ::8].astype(int)
+        mixed = read_frames(str(shuffled / name), "video", num_frames=32, sound=WHOLE)
+        straight = read_frames(str(folder / name), "video", num_frames=1, sound=WHOLE)
+        if clip.facts.plot == "moves":
+            found = np.stack(mixed.images)[:, ::8, ::8].astype(int)
+            apart = np.abs(found[:, None] - drawn).mean((2, 3, 4))  # (32 found, 50 drawn)
+            orders.append(apart.argmin(1))
+        assert np.array_equal(mixed.sound.waveform, straight.sound.waveform)
+    assert len(orders) > 1
+    for order in orders:
+        assert len(set(order)) > 30  # of 32; neighbours look much alike to a codec
+        assert abs(np.corrcoef(order, np.arange(32))[0, 1]) < 0.6
+    assert not np.array_equal(orders[0], orders[1])
+    assert (shuffled / MANIFEST).read_bytes() == (folder / MANIFEST).read_bytes()
+
+
+def test_controls_are_nothing_to_learn_from(tmp_path, capsys):
+    arguments = ("-o", tmp_path / "a", "--count", 1, "--seed", 4, "--mute", "--shuffle")
+    code, out, err = run(capsys, *arguments, "--workers", 1)
+    assert (code, out) == (0, "")
+    assert "1 train clip of seed 4, muted, shuffled" in err
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"00000.mp4", MANIFEST}
 
 
 def test_files_are_small(folder):
