@@ -19,12 +19,16 @@ from vla2_models.checkpoint import open_checkpoint
 from vla2_models.hub import BUILTIN_FOLDER, Source
 from vla2_models.loading import load_model
 from vla2_models.saving import save_checkpoint
+from vla2cli.train.curves import plot_exam
+from vla2cli.train.exam import EXAM
+from vla2cli.train.log import LOG, PLOT
 from vla2cli.world.clip import WorldClip
 
 RECIPE = BUILTIN_FOLDER / "recipe"
 WORK = Path(".train")
 NUM_CLIPS = 1500  # whose words the tokenizer is made of
 FIRST_SEED = 77  # of those
+LOGS = BUILTIN_FOLDER / "logs"
 
 
 def main() -> None:
@@ -36,11 +40,19 @@ def main() -> None:
     for stage in stages:
         subprocess.run([sys.executable, "-m", "vla2cli", "train", str(stage)], check=True)
     publish(WORK / stages[-1].stem)
+    LOGS.mkdir(exist_ok=True)
     for stage in stages:
-        for name in ("log.jsonl", "loss.png"):
-            target = BUILTIN_FOLDER / "logs" / f"{stage.stem}-{name}"
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(WORK / stage.stem / name, target)
+        keep_log(WORK / stage.stem)
+
+
+def keep_log(run: Path) -> None:
+    """Put what a run said of itself beside the weights, with the curves of its exams if any."""
+    names = [LOG, PLOT]
+    if (run / EXAM).exists():
+        names.append(EXAM)
+        plot_exam(run / EXAM, LOGS / f"{run.name}-exam.png")
+    for name in names:
+        shutil.copyfile(run / name, LOGS / f"{run.name}-{name}")
 
 
 def publish(folder: Path) -> None:
