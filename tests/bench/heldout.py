@@ -200,7 +200,7 @@ def _cell(row: Entry | None) -> str:
 def write_card(card: Path, table: str) -> None:
     """Put the table, and the curves that training has left, at their places in a model card."""
     curves = sorted((card.parent / "logs").glob("*-exam.png"))
-    shown = [f"![{curve.stem}](logs/{curve.name})" for curve in curves]
+    shown = [f"![{curve.stem}](logs/{curve.name})" for curve in curves] or ["No curve yet."]
     text = fill(card.read_text(encoding="utf-8"), "table", table)
     card.write_text(fill(text, "curve", "\n\n".join(shown)), encoding="utf-8")
 
