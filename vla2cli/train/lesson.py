@@ -55,7 +55,13 @@ def open_lesson(config: TrainConfig, checkpoint: Checkpoint) -> Lesson:
     geometry = read_geometry(checkpoint)
     counts = {"world": config.world.clips}
     if config.stage == TOWERS:
-        pictures = TowerSamples(checkpoint.config, geometry, config.world.seed, config.world.clips)
+        pictures = TowerSamples(
+            checkpoint.config,
+            geometry,
+            config.world.seed,
+            config.world.clips,
+            config.world.painted,
+        )
         return Lesson(pictures, collate_towers, counts)
     check_world(checkpoint.config, config.world.medium)
     tokenizer = load_tokenizer(checkpoint.text_folder)

@@ -64,15 +64,22 @@ class TowerSamples(Dataset[TowerSample]):
         geometry: of its frames.
         seed: of the collection.
         count: how many there are.
+        painted: share of the shapes that are in a colour without a name.
     """
 
     def __init__(
-        self, config: CheckpointConfig, geometry: FrameGeometry, seed: int, count: int
+        self,
+        config: CheckpointConfig,
+        geometry: FrameGeometry,
+        seed: int,
+        count: int,
+        painted: float = 0.0,
     ) -> None:
         assert config.audio is not None, "the towers' stage trains both of them"
         self.grid = round(config.num_patches**0.5)
         self.patch_rows = config.audio.design.patch_size
         self.geometry, self.seed, self.count = geometry, seed, count
+        self.painted = painted
 
     def __len__(self) -> int:
         return self.count

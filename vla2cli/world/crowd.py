@@ -5,7 +5,8 @@ Nothing in them is a combination that is held out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import colorsys
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,9 @@ _NUM_THINGS = (2, 7)
 _SIZE = (0.16, 0.5)
 _APART = 0.45  # of two sizes together: boxes may touch, the middle of each stays free
 _TRIES = 60
+UNNAMED = -100  # what torch's losses leave out
+# a painted shape keeps this far from the hue in which it is held out, in turns
+_HUE_GAP = 0.085
 _COVERED = 0.3  # of a patch, from which on it shows a thing
 
 
@@ -33,12 +37,13 @@ class Crowd:
 
     frame: NDArray[np.uint8]  # (side, side, 3) RGB
     kinds: NDArray[np.int64]  # (grid, grid) of KINDS, from 1; 0 where there is background
-    colours: NDArray[np.int64]  # (grid, grid) of COLOUR_NAMES, from 1; 0 for none
+    # (grid, grid) of COLOUR_NAMES, from 1; 0 for none, UNNAMED for a colour without a name
+    colours: NDArray[np.int64]
     centres: NDArray[np.int64]  # (grid, grid), 1 where the centre of a thing is
     scene: int  # of SCENE_NAMES
 
 
-def draw_crowd(seed: int, index: int, side: int, grid: int) -> Crowd:
+def draw_crowd(seed: int, index: int, side: int, grid: int, painted: float = 0.0) -> Crowd:
     """Draw the picture with an index in a seed's collection.
 
     Args:
@@ -46,10 +51,13 @@ def draw_crowd(seed: int, index: int, side: int, grid: int) -> Crowd:
         index: of the picture in it.
         side: of the picture, in pixels; a multiple of `grid`.
         grid: patches in a row.
+        painted: share of the shapes that are in a colour without a name.
     """
     rng = np.random.default_rng([seed, index])
     scene = int(rng.integers(len(SCENE_NAMES)))
     placed = _place(rng)
+    if painted:
+        placed = [_paint(item, rng) if rng.random() < painted else item for item in placed]
     frame = draw_frame(draw_background(SCENE_NAMES[scene], side, rng), placed)
     kinds, colours, centres = np.zeros((3, grid, grid), np.int64)
     patch = side // grid
@@ -59,8 +67,7 @@ def draw_crowd(seed: int, index: int, side: int, grid: int) -> Crowd:
         is_shown = covered > most
         most = np.maximum(most, covered)
         kinds[is_shown] = KINDS.index(item.thing.name) + 1
-        colour = item.thing.colour
-        colours[is_shown] = COLOUR_NAMES.index(colour) + 1 if colour else 0
+        colours[is_shown] = _number_colour(item)
         centres[int(item.y * grid), int(item.x * grid)] = 1
     return Crowd(frame, kinds, colours, centres, scene)
 
@@ -76,6 +83,28 @@ def _place(rng: np.random.Generator) -> list[Placed]:
         ):
             placed.append(Placed(_draw_seen(rng), x, y, size))
     return placed
+
+
+def _number_colour(item: Placed) -> int:
+    if item.paint is not None:
+        return UNNAMED
+    return COLOUR_NAMES.index(item.thing.colour) + 1 if item.thing.colour else 0
+
+
+def _paint(item: Placed, rng: np.random.Generator) -> Placed:
+    """Give a shape any colour but those near its held-out one, so that colours do not tell shapes.
+
+    Where each shape lacks one of few colours, the other shapes of that colour are a better guess
+    than the right one, and a tower learns to make it.
+    """
+    if not item.thing.is_shape:
+        return item
+    held_out = next(c for c in COLOURS if is_held_out_shape(Thing(item.thing.name, c)))
+    avoided, *_ = colorsys.rgb_to_hsv(*(channel / 255 for channel in COLOURS[held_out]))
+    hue = (avoided + rng.uniform(_HUE_GAP, 1 - _HUE_GAP)) % 1
+    channels = colorsys.hsv_to_rgb(hue, *rng.uniform(0.3, 1.0, 2))
+    r, g, b = (round(255 * channel) for channel in channels)
+    return replace(item, paint=(r, g, b))
 
 
 def _draw_seen(rng: np.random.Generator) -> Thing:

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from vla2cli.world.facts import Thing
 from vla2cli.world.staging import Placed
 from vla2cli.world.vocabulary import COLOURS, OBJECTS
 
@@ -82,12 +81,19 @@ def draw_background(scene: str, side: int, rng: np.random.Generator) -> Image.Im
 
 def _fit(item: Placed, side: int) -> tuple[Image.Image, tuple[int, int]]:
     pixels = max(2, round(item.size * side))
-    sprite = _sprite(item.thing).resize((pixels, pixels), Image.Resampling.BICUBIC)
+    sprite = _sprite(item).resize((pixels, pixels), Image.Resampling.BICUBIC)
     return sprite, (round(item.x * side - pixels / 2), round(item.y * side - pixels / 2))
 
 
-def _sprite(thing: Thing) -> Image.Image:
-    return _shape(thing.name, thing.colour) if thing.colour else _objects()[thing.name]
+def _sprite(item: Placed) -> Image.Image:
+    thing = item.thing
+    if thing.colour is None:
+        return _objects()[thing.name]
+    if item.paint is None:
+        return _shape(thing.name, thing.colour)
+    painted = Image.new("RGB", (SPRITE_SIDE, SPRITE_SIDE), item.paint)
+    painted.putalpha(_shape(thing.name, thing.colour).getchannel("A"))
+    return painted
 
 
 @cache

@@ -33,6 +33,7 @@ class Placed:
     x: float  # centre
     y: float
     size: float
+    paint: tuple[int, int, int] | None = None  # RGB of a shape; None: its named colour
 
 
 @dataclass(frozen=True)
