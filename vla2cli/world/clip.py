@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from vla2cli.world.facts import Facts, draw_facts, generator
+from vla2cli.world.facts import Facts, Thing, draw_facts, generator
 from vla2cli.world.picture import draw_background, draw_frame
 from vla2cli.world.sound import sound_span, synthesise
 from vla2cli.world.staging import Act, Placed, placed_at, stage
@@ -26,11 +26,12 @@ class WorldClip:
     seed: int
     index: int
     split: str  # train | heldout
+    guest: Thing | None = None  # an object of a picture of its own, in every clip
 
     @cached_property
     def facts(self) -> Facts:
         """What is true of it."""
-        return draw_facts(self.seed, self.index, self.split)
+        return draw_facts(self.seed, self.index, self.split, self.guest)
 
     @cached_property
     def acts(self) -> tuple[Act, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from vla2cli.stop import cleaning_up
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from vla2cli.world.facts import Thing
     from vla2cli.world.score import Row
 
 _MAX_WORKERS = 16
@@ -79,6 +81,14 @@ def make(
             help="A control: the same clips and questions, but frames in a random order.",
         ),
     ] = False,
+    guest: Annotated[
+        str | None,
+        typer.Option(
+            "--guest",
+            metavar="NAME=PICTURE",
+            help="Put an object of your own into every clip: a picture with transparency.",
+        ),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option("--workers", min=1, help="Processes; by default one a core, up to 16."),
@@ -103,7 +113,7 @@ def make(
     console = Console(quiet=quiet, verbose=verbose)
     started = time.monotonic()
     processes = min(workers or min(os.cpu_count() or 1, _MAX_WORKERS), number)
-    world = World(seed, split, number, is_muted=mute, is_shuffled=shuffle)
+    world = World(seed, split, number, mute, shuffle, guest=_read_guest(guest))
     written = write_world(world, output, workers=processes, force=force)
     size_bytes = 0
     with cleaning_up(console.note), closing(written), _bar(number, is_shown=not quiet) as bar:
@@ -116,6 +126,22 @@ def make(
         f"{output}: {count(number, f'{split} clip')} of seed {seed}{controls}, "
         f"{format_size(size_bytes)}, in {format_duration(time.monotonic() - started)}"
     )
+
+
+def _read_guest(text: str | None) -> Thing | None:
+    if text is None:
+        return None
+    from vla2cli.world.facts import Thing
+    from vla2cli.world.picture import open_picture
+    from vla2cli.world.vocabulary import OBJECTS, SHAPES
+
+    name, separator, picture = text.partition("=")
+    if not (separator and picture and re.fullmatch(r"[a-z]+( [a-z]+)*", name)):
+        raise UsageError(f"'--guest {text}': expected NAME=PICTURE, the name in small letters")
+    if name in OBJECTS or name in SHAPES:
+        raise UsageError(f"'--guest {text}': the world has its own {name}; give another name")
+    open_picture(picture)
+    return Thing(name, picture=picture)
 
 
 @world_app.command(epilog=_SCORE_EXAMPLES)

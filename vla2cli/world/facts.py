@@ -7,7 +7,7 @@ in training, but some of their pairs only in the held-out split, and each held-o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,8 +38,9 @@ _SILENT_SHARE = 0.2
 class Thing:
     """Something that is seen."""
 
-    name: str  # of OBJECTS or SHAPES
+    name: str  # of OBJECTS or SHAPES, or a guest's
     colour: str | None = None  # of COLOURS; None for an object, which has its own colours
+    picture: str | None = None  # file of a guest: an object that the world does not have
 
     @property
     def is_shape(self) -> bool:
@@ -54,6 +55,8 @@ class Thing:
     @property
     def plural(self) -> str:
         """Name several of it."""
+        if self.picture is not None:
+            return f"{self.name}s"
         return f"{self.colour} {SHAPES[self.name]}" if self.colour else OBJECTS[self.name]
 
 
@@ -71,16 +74,18 @@ class Facts:
     time: str | None = None  # of TIMES: when the sound is heard
 
 
-def draw_facts(seed: int, index: int, split: str) -> Facts:
+def draw_facts(seed: int, index: int, split: str, guest: Thing | None = None) -> Facts:
     """Draw the facts of a clip.
 
     Args:
         seed: of the whole collection.
         index: of the clip in it, from 0.
         split: `train` or `heldout`.
+        guest: takes the place of the first thing, in every clip.
 
     Returns:
-        For `train`, facts without a held-out combination; for `heldout`, with at least one.
+        For `train`, facts without a held-out combination; for `heldout`, with at least one, unless
+        it goes with the thing whose place the guest takes.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
@@ -88,7 +93,7 @@ def draw_facts(seed: int, index: int, split: str) -> Facts:
     while True:
         facts = _draw(rng)
         if has_held_out(facts) == (split == "heldout"):
-            return facts
+            return facts if guest is None else replace(facts, things=(guest, *facts.things[1:]))
 
 
 def has_held_out(facts: Facts) -> bool:

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from vla2_models.errors import one_line
+from vla2cli.errors import UsageError
 from vla2cli.world.staging import Placed
 from vla2cli.world.vocabulary import COLOURS, OBJECTS
 
@@ -87,6 +89,8 @@ def _fit(item: Placed, side: int) -> tuple[Image.Image, tuple[int, int]]:
 
 def _sprite(item: Placed) -> Image.Image:
     thing = item.thing
+    if thing.picture is not None:
+        return open_picture(thing.picture)
     if thing.colour is None:
         return _objects()[thing.name]
     if item.paint is None:
@@ -94,6 +98,28 @@ def _sprite(item: Placed) -> Image.Image:
     painted = Image.new("RGB", (SPRITE_SIDE, SPRITE_SIDE), item.paint)
     painted.putalpha(_shape(thing.name, thing.colour).getchannel("A"))
     return painted
+
+
+@cache
+def open_picture(path: str) -> Image.Image:
+    """Open a guest's picture as a sprite: what is not transparent of it, on a square.
+
+    Raises:
+        UsageError: it cannot be read, or nothing of it is to be seen.
+    """
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGBA")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UsageError(f"'{path}' is no picture that can be read: {one_line(error)}") from error
+    box = image.getchannel("A").getbbox()
+    if box is None:
+        raise UsageError(f"'{path}' is transparent all over; give a picture of something")
+    shown = image.crop(box)
+    side = max(shown.size)
+    square = Image.new("RGBA", (side, side))
+    square.paste(shown, ((side - shown.width) // 2, (side - shown.height) // 2))
+    return square.resize((SPRITE_SIDE, SPRITE_SIDE), Image.Resampling.LANCZOS)
 
 
 @cache

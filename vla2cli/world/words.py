@@ -182,7 +182,8 @@ _RIVALS = (
 
 
 def _options(rng: np.random.Generator, answer: str) -> tuple[str, ...]:
-    rivals = next(group for group in _RIVALS if answer in group)
+    # a guest is an object that is in no group
+    rivals = next((group for group in _RIVALS if answer in group), _RIVALS[0])
     others = [rival for rival in rivals if rival != answer]
     picked = [others[int(i)] for i in rng.permutation(len(others))[: NUM_CHOICES - 1]]
     picked.insert(int(rng.integers(NUM_CHOICES)), answer)

@@ -28,6 +28,7 @@ from vla2cli.errors import UsageError, Vla2Error, why
 from vla2cli.plan import DEFAULT_PROMPT
 from vla2cli.world.clip import WorldClip
 from vla2cli.world.encode import encode
+from vla2cli.world.facts import Thing
 from vla2cli.world.words import Question, caption
 
 DATA = "data.json"
@@ -45,6 +46,7 @@ class World:
     count: int  # at least 1
     is_muted: bool = False  # the sound is replaced by silence
     is_shuffled: bool = False  # the frames come in a random order
+    guest: Thing | None = None  # an object of a picture of its own, in every clip
 
     @property
     def is_control(self) -> bool:
@@ -54,7 +56,7 @@ class World:
     def clips(self) -> Iterator[tuple[str, WorldClip]]:
         """Yield each clip with the name of its file."""
         for index in range(self.count):
-            yield f"{index:05}.mp4", WorldClip(self.seed, index, self.split)
+            yield f"{index:05}.mp4", WorldClip(self.seed, index, self.split, self.guest)
 
 
 def write_world(
