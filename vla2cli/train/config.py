@@ -55,7 +55,7 @@ class WorldData:
     word_weight: float = 1.0
     word_share: float = 0.5
     exam_steps: int | None = None  # between two exams on clips of both splits; None: no exam
-    painted: float = 0.0  # share of shapes in colours without a name, in the towers' stage
+    striped: float = 0.0  # share of shapes with two colours, in the towers' stage
 
 
 @dataclass(frozen=True)
@@ -271,8 +271,8 @@ def _check_world(config: TrainConfig) -> None:
         )
     if config.pack != 1:
         raise UsageError("pack is for files; world.questions about a clip are packed; leave it out")
-    if config.stage != TOWERS and world.painted:
-        raise UsageError(f"world.painted is for stage {TOWERS}; leave it out")
+    if config.stage != TOWERS and world.striped:
+        raise UsageError(f"world.striped is for stage {TOWERS}; leave it out")
     if config.stage == TOWERS and world.exam_steps is not None:
         raise UsageError(f"world.exam_steps: stage {TOWERS} answers no questions; leave it out")
 
@@ -422,7 +422,7 @@ WORLD_KINDS: Mapping[str, Kind] = {
     "word_weight": (_is_number_from_0, "a number from 0"),
     "word_share": (_is_number_from_0, "a number from 0"),
     "exam_steps": _COUNT,
-    "painted": (_is_share, "a number from 0 to below 1"),
+    "striped": (_is_share, "a number from 0 to below 1"),
 }
 LORA_KINDS: Mapping[str, Kind] = {
     "r": _COUNT,

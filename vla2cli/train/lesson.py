@@ -60,7 +60,7 @@ def open_lesson(config: TrainConfig, checkpoint: Checkpoint) -> Lesson:
             geometry,
             config.world.seed,
             config.world.clips,
-            config.world.painted,
+            config.world.striped,
         )
         return Lesson(pictures, collate_towers, counts)
     check_world(checkpoint.config, config.world.medium)

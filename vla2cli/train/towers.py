@@ -25,7 +25,7 @@ from vla2_models.config import CheckpointConfig
 from vla2_models.videollama2 import VideoLLaMA2
 from vla2cli.preprocess import FrameGeometry, fbank, normalise
 from vla2cli.world.clip import WorldClip
-from vla2cli.world.crowd import COLOUR_NAMES, KINDS, SCENE_NAMES, draw_crowd
+from vla2cli.world.crowd import COLOUR_NAMES, KINDS, SCENE_NAMES, UNNAMED, draw_crowd
 from vla2cli.world.vocabulary import SOUNDS
 
 _SOUND_NAMES = (None, *SOUNDS)  # None: silence
@@ -64,7 +64,7 @@ class TowerSamples(Dataset[TowerSample]):
         geometry: of its frames.
         seed: of the collection.
         count: how many there are.
-        painted: share of the shapes that are in a colour without a name.
+        striped: share of the shapes that have two colours, see `draw_crowd`.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class TowerSamples(Dataset[TowerSample]):
         geometry: FrameGeometry,
         seed: int,
         count: int,
-        painted: float = 0.0,
+        striped: float = 0.0,
     ) -> None:
         assert config.audio is not None, "the towers' stage trains both of them"
         self.grid = round(config.num_patches**0.5)
         self.patch_rows = config.audio.design.patch_size
         self.geometry, self.seed, self.count = geometry, seed, count
-        self.painted = painted
+        self.striped = striped
 
     def __len__(self) -> int:
         return self.count
@@ -193,7 +193,7 @@ class TowerTask(nn.Module):
             truth = sounds.repeat_interleave(patches, dim=1)
             loss = loss + _cross_entropy(logits["sounds"], truth)
         if num_items_in_batch is not None:
-            loss = loss * (labels["labels"][:, 1:].numel() / num_items_in_batch)
+            loss = loss * ((labels["labels"][:, 1:] != UNNAMED).sum() / num_items_in_batch)
         return {"loss": loss} if self.training else {"loss": loss, **logits}
 
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from vla2_models.errors import one_line
 from vla2cli.errors import UsageError
-from vla2cli.world.staging import Placed
+from vla2cli.world.staging import Placed, Stripes
 from vla2cli.world.vocabulary import COLOURS, OBJECTS
 
 ATLAS = Path(__file__).parent / "sprites" / "objects.png"
@@ -93,11 +93,20 @@ def _sprite(item: Placed) -> Image.Image:
         return open_picture(thing.picture)
     if thing.colour is None:
         return _objects()[thing.name]
-    if item.paint is None:
-        return _shape(thing.name, thing.colour)
-    painted = Image.new("RGB", (SPRITE_SIDE, SPRITE_SIDE), item.paint)
-    painted.putalpha(_shape(thing.name, thing.colour).getchannel("A"))
-    return painted
+    shape = _shape(thing.name, thing.colour)
+    if item.stripes is None:
+        return shape
+    striped = _draw_stripes(item.stripes)
+    striped.putalpha(shape.getchannel("A"))
+    return striped
+
+
+def _draw_stripes(stripes: Stripes) -> Image.Image:
+    at = np.arange(SPRITE_SIDE) / SPRITE_SIDE
+    along = at * math.cos(stripes.angle) + at[:, None] * math.sin(stripes.angle)
+    is_first = (along * stripes.number) % 1 < 0.5
+    colours = np.where(is_first[..., None], stripes.first, stripes.second)
+    return Image.fromarray(colours.astype(np.uint8))
 
 
 @cache
