@@ -54,9 +54,9 @@ def draw_crowd(seed: int, index: int, side: int, grid: int, striped: float = 0.0
         side: of the picture, in pixels; a multiple of `grid`.
         grid: patches in a row.
         striped: share of the shapes that have two colours. Where it is not 0, these and those of
-            gray pictures alone are to be told apart, and the others' colours: each shape lacks one of few colours, so
-            that of a shape in that colour any other is a better guess than the right one, and a
-            tower that may learn to make it does.
+            gray pictures alone are to be told apart, and the others' colours: each shape lacks one
+            of few colours, so that of a shape in that colour any other is a better guess than the
+            right one, and a tower that may learn to make it does.
     """
     rng = np.random.default_rng([seed, index])
     scene = int(rng.integers(len(SCENE_NAMES)))
