@@ -21,6 +21,14 @@ from vla2cli.train.trainer import run_training
 
 NUM_FRAMES, SIDE = 2, 56
 QUIET = Console(quiet=True)
+# a checkpoint that the drawn world fits: tokens that are blocks of patches, five seconds of sound
+FOR_WORLD = {
+    "num_frames": 8,
+    "mm_projector_type": "stc_connector_v35",
+    "mm_audio_window_s": 5,
+    "mm_audio_num_clips": 1,
+    "mm_audio_clip_s": 5,
+}
 COLLATOR = Collator(pad_token_id=2, max_length=64)
 SETTINGS = {
     "batch": 2,

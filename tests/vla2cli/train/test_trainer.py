@@ -17,7 +17,8 @@ from vla2cli.train.trainer import (
     run_training,
 )
 
-DROPS = {"r": 4, "alpha": 8, "dropout": 0.5}  # an adapter that draws from the generator
+ADAPTER = {"lora": {"r": 4, "alpha": 8, "dropout": 0.5}}  # which draws from the generator
+MUON = {"muon_learning_rate": 0.01}
 
 
 def same_state(one, other):
@@ -25,9 +26,9 @@ def same_state(one, other):
     return [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-@pytest.mark.parametrize("lora", [None, DROPS], ids=["full", "adapter with dropout"])
-def test_a_run_that_goes_on_ends_with_the_same_bytes(lora, tmp_path):
-    settings = {"max_steps": 6, "save_steps": 2, "lora": lora}
+@pytest.mark.parametrize("more", [{}, ADAPTER, MUON], ids=["full", "adapter with dropout", "muon"])
+def test_a_run_that_goes_on_ends_with_the_same_bytes(more, tmp_path):
+    settings = {"max_steps": 6, "save_steps": 2, **more}
     whole = configured(tmp_path / "hub", tmp_path / "whole", **settings)
     _, undisturbed = run(whole, tmp_path / "hub")
     halves = configured(tmp_path / "hub", tmp_path / "halves", **settings)
