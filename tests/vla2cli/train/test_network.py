@@ -16,6 +16,7 @@ from tests.vla2cli.train.reference import (
     losses_of,
     media_of,
 )
+from vla2_models.beats import BEATs
 from vla2cli.train.collate import Collator
 from vla2cli.train.conversation import IGNORED, Utterance, build_row
 from vla2cli.train.media import Media
@@ -248,6 +249,14 @@ def test_what_a_batch_does_not_use_gets_a_gradient_of_zero():
     run(network, [sample_of(tiny_rows("text"), Media())], COLLATOR)["loss"].backward()
     for part in (network.model.mm_projector, network.model.mm_projector_a):
         assert all(p.grad is not None and not p.grad.any() for p in part.parameters())
+
+
+def test_ears_with_larger_patches_are_kept_in_step_too():
+    network = tiny_network()
+    design = replace(network.model.audio_tower.design, patch_size=32)
+    network.model.audio_tower = BEATs(design)
+    run(network, [sample_of(tiny_rows("text"), Media())], COLLATOR)["loss"].backward()
+    assert network.model.audio_tower.patch_embedding.weight.grad is not None
 
 
 def test_a_batch_of_bad_samples_alone_has_a_loss_of_zero():

@@ -1,9 +1,11 @@
 import pytest
 
 from vla2cli.errors import UsageError
-from vla2cli.train.config import Lora, make_config, read_config
+from vla2cli.train.config import Lora, WorldData, make_config, read_config
 
 GIVEN = {"model": "m", "stage": "video-finetune", "output": "out"}
+CLIPS = {"clips": 8}
+FILES = [{"file": "a.json"}]
 
 
 def test_what_is_not_given_is_the_stage_s():
@@ -21,6 +23,17 @@ def test_rates_may_be_written_as_yaml_does_not_read_them():
 def test_an_adapter_has_the_scripts_numbers():
     assert make_config({**GIVEN, "lora": True}).lora == Lora(128, 256, 0.05)
     assert make_config({**GIVEN, "lora": {"r": 8}}).lora == Lora(8, 256, 0.05)
+
+
+def test_of_a_world_only_its_size_has_to_be_given():
+    config = make_config({**GIVEN, "world": {"clips": 8, "medium": None, "exam_steps": None}})
+    assert config.world == WorldData(8, seed=0, questions=6, word_weight=1.0, word_share=0.5)
+    assert make_config({**GIVEN, "world": {"clips": 8, "medium": "av"}}).world.medium == "av"
+
+
+def test_a_rate_of_muon_may_be_written_as_yaml_does_not_read_it():
+    assert make_config({**GIVEN, "muon_learning_rate": "1e-2"}).muon_learning_rate == 1e-2
+    assert make_config(GIVEN).muon_learning_rate is None
 
 
 @pytest.mark.parametrize(
@@ -45,6 +58,25 @@ def test_an_adapter_has_the_scripts_numbers():
         ({"save": "projector"}, "the language model is trained; leave save out"),
         ({"lora": True, "quantize": "4bit", "save": "full"}, "leave save out"),
         ({"fsdp": {}, "deepspeed": {}}, "deepspeed and fsdp exclude each other"),
+        ({"world": {"clips": 8, "exam": 5}}, "'exam' is no setting of world"),
+        ({"world": {"clip": 8}}, "did you mean 'clips'?"),
+        ({"world": {"seed": 1}}, "world has no clips; expected their number in an epoch"),
+        ({"world": 8}, "world is 8, expected {clips, seed, questions, …}"),
+        ({"world": {**CLIPS, "medium": "image"}}, 'medium of world is "image", expected one of av'),
+        ({"world": {**CLIPS, "word_share": -1}}, "word_share of world is -1, expected a number"),
+        ({"world": {**CLIPS, "exam_steps": 0}}, "exam_steps of world is 0, expected a whole"),
+        ({"world": CLIPS, "data": FILES}, "world and data exclude each other; give one"),
+        ({"world": CLIPS, "num_frames": 4}, "clips of world have the model's own; leave it out"),
+        ({"world": CLIPS, "pack": 2}, "world.questions about a clip are packed; leave it out"),
+        ({"stage": "towers"}, "stage towers learns from the drawn world alone; give world"),
+        ({"stage": "towers", "data": FILES}, "learns from the drawn world alone; give world"),
+        (
+            {"stage": "towers", "world": {**CLIPS, "exam_steps": 5}},
+            "stage towers answers no questions; leave it out",
+        ),
+        ({"muon_learning_rate": 0}, "muon_learning_rate is 0, expected a number above 0"),
+        ({"muon_learning_rate": 0.01, "fsdp": {}}, "which fsdp and deepspeed cut; leave it out"),
+        ({"save_dtype": "half"}, "expected one of auto, float32, float16, bfloat16"),
     ],
     ids=lambda value: str(value)[:40],
 )
