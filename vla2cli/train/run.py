@@ -134,7 +134,9 @@ def make_student(config: TrainConfig, checkpoint: Checkpoint) -> Student:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
-    network = TowerTask(model) if config.stage == TOWERS else TrainedNetwork(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # of the heads that the towers' stage begins with
+        network = TowerTask(model) if config.stage == TOWERS else TrainedNetwork(model)
     if config.gradient_checkpointing and isinstance(network, TrainedNetwork):
         network.enable_checkpointing()
     return Student(config, checkpoint, network, targets)

@@ -85,7 +85,7 @@ class TowerSamples(Dataset[TowerSample]):
         return self.count
 
     def __getitem__(self, index: int) -> TowerSample:
-        crowd = draw_crowd(self.seed, index, self.geometry.height, self.grid)
+        crowd = draw_crowd(self.seed, index, self.geometry.height, self.grid, self.striped)
         rng = np.random.default_rng([self.seed, index, 1])
         pixels = normalise(spoil(crowd.frame[None], rng), self.geometry)[0]
         kinds, colours, centres = (

@@ -27,8 +27,8 @@ _SIZE = (0.16, 0.5)
 _APART = 0.45  # of two sizes together: boxes may touch, the middle of each stays free
 _TRIES = 60
 UNNAMED = -100  # what torch's losses leave out
-_HUE_GAP = 0.2  # between the two colours of stripes, in turns
-_NUM_STRIPES = (1.0, 5.0)
+_HUE_GAP = 0.33  # between the two colours of stripes, in turns
+_NUM_STRIPES = (2.5, 6.0)  # enough that neither colour is most of a thing
 _GRAY_SHARE = 0.25  # of the pictures, where shapes are striped
 _COVERED = 0.3  # of a patch, from which on it shows a thing
 
