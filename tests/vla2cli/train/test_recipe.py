@@ -1,4 +1,4 @@
-"""The recipe of the built-in model: six files for `vla2 train`, each beginning where one ended."""
+"""The recipe of the built-in model: files for `vla2 train`, each beginning where one ended."""
 
 import pytest
 import torch
@@ -22,9 +22,12 @@ TINY = ("batch=2", "per_device_batch=2", "world.clips=8", "max_steps=2", "worker
 
 def test_the_stages_are_the_paper_s_behind_the_towers_own():
     configs = [read_config(path) for path in FILES]
-    # VideoLLaMA 2, arXiv:2406.07476, section 3.1 to 3.3, where each trains its parts
-    assert [config.stage for config in configs] == [
-        "towers",
+    stages = [config.stage for config in configs]
+    num_towers = stages.count("towers")
+    assert num_towers > 0
+    # VideoLLaMA 2, arXiv:2406.07476, section 3.1 to 3.3
+    assert stages == [
+        *["towers"] * num_towers,
         "video-pretrain",
         "video-finetune",
         "audio-pretrain",
@@ -33,7 +36,7 @@ def test_the_stages_are_the_paper_s_behind_the_towers_own():
     ]
     for path, config in zip(FILES, configs, strict=True):
         assert config.train == STAGES[config.stage].trained
-        assert path.stem.endswith(config.stage)
+        assert config.stage in path.stem
 
 
 def test_each_stage_begins_from_the_folder_of_the_one_before():

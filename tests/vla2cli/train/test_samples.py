@@ -62,7 +62,7 @@ def dataset_of(tmp_path, folder, reader, *entries, **more):
     named = [{"id": f"e{i}", **entry} for i, entry in enumerate(entries)]
     path.write_text(json.dumps(named), encoding="utf-8")
     tokenizer = tiny_av_engine().tokenizer
-    return SampleDataset([DataFile(path)], folder, tokenizer, reader, **more)
+    return SampleDataset([DataFile(path, folder=folder)], tokenizer, reader, **more)
 
 
 def all_of(dataset):
@@ -177,7 +177,7 @@ def test_a_weight_that_leaves_nothing_is_refused(tmp_path, folder, reader, weigh
     path = dataset_of(tmp_path, folder, reader, {"conversations": turns("")}) and tmp_path
     with pytest.raises(UsageError, match=r"data\.json': a weight of .* leaves none of its 1"):
         SampleDataset(
-            [DataFile(path / "data.json", weight)], folder, tiny_av_engine().tokenizer, reader
+            [DataFile(path / "data.json", weight, folder)], tiny_av_engine().tokenizer, reader
         )
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vla2cli.world.clip import WorldClip
-from vla2cli.world.crowd import COLOUR_NAMES, KINDS, SCENE_NAMES, draw_crowd
+from vla2cli.world.crowd import COLOUR_NAMES, KINDS, SCENE_NAMES, UNNAMED, draw_crowd
 from vla2cli.world.vocabulary import COLOURS, OBJECTS, SHAPES
 
 SIDE, GRID = 112, 8
@@ -87,6 +87,28 @@ def test_colours_and_shapes_go_together_as_in_training_clips():
     things = [t for i in range(2000) for t in WorldClip(SEED, i, "train").facts.things]
     assert crowded == {(thing.name, thing.colour) for thing in things if thing.is_shape}
     assert len(crowded) == len(SHAPES) * (len(COLOURS) - 1)
+
+
+def test_of_striped_crowds_no_shape_s_form_and_colour_are_both_told(crowds):
+    num_told = num_shapes = num_gray = 0
+    for index, plain in enumerate(crowds):
+        crowd = draw_crowd(SEED, index, SIDE, GRID, striped=0.6)
+        np.testing.assert_array_equal(crowd.centres, plain.centres)
+        form_is_told, colour_is_told = crowd.kinds != UNNAMED, crowd.colours != UNNAMED
+        np.testing.assert_array_equal(crowd.kinds[form_is_told], plain.kinds[form_is_told])
+        np.testing.assert_array_equal(crowd.colours[colour_is_told], plain.colours[colour_is_told])
+        is_shape = plain.kinds > len(OBJECTS)
+        if (crowd.frame == crowd.frame[..., :1]).all():
+            num_gray += 1
+            assert form_is_told.all()
+            assert not colour_is_told[plain.kinds > 0].any()
+        else:
+            assert (form_is_told ^ colour_is_told)[is_shape].all()
+            assert (form_is_told & colour_is_told)[~is_shape].all()
+            num_told += (form_is_told & is_shape).sum()
+            num_shapes += is_shape.sum()
+    assert 0.5 < num_told / num_shapes < 0.7
+    assert 0.15 < num_gray / len(crowds) < 0.35
 
 
 def test_a_crowd_follows_from_its_seed_and_number():
