@@ -68,6 +68,7 @@ def fill_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
     Args:
         folder: is made; what it holds under other names stays, a config.json of before goes first.
+            What a run that was killed has left unfinished goes as well.
         write: is given an empty folder to write into.
 
     Raises:
@@ -77,6 +78,8 @@ def fill_folder(folder: Path, write: Callable[[Path], None]) -> None:
     moved: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(f"{UNFINISHED}*/"):
+            shutil.rmtree(left)
         try:
             # within the folder itself, which may be a link or a disk of its own
             with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as aside:
@@ -84,6 +87,8 @@ def fill_folder(folder: Path, write: Callable[[Path], None]) -> None:
                 (folder / "config.json").unlink(missing_ok=True)
                 # without a config.json the folder is no checkpoint: it comes last
                 for path in sorted(Path(aside).iterdir(), key=lambda p: p.name == "config.json"):
+                    if path.is_dir():  # which takes the place of an empty one alone
+                        shutil.rmtree(folder / path.name, ignore_errors=True)
                     moved.append(path.replace(folder / path.name))
         except BaseException:
             for path in moved:
@@ -108,13 +113,18 @@ def copy_text_files(checkpoint: Checkpoint, folder: Path) -> None:
     for name in TEXT_FILES:
         if (checkpoint.text_folder / name).exists():
             shutil.copyfile(checkpoint.text_folder / name, folder / name)
-    copy_own_tower(checkpoint, folder)
+    copy_own_tower(checkpoint.config.mm_vision_tower, checkpoint.folder, folder)
 
 
-def copy_own_tower(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy what describes a tower that lies inside the checkpoint's folder; others are named."""
-    name = checkpoint.config.mm_vision_tower
-    tower = own_tower(name, checkpoint.folder)
+def copy_own_tower(name: str, source: Path, folder: Path) -> None:
+    """Copy what describes a tower that lies inside the folder of a checkpoint; others are named.
+
+    Args:
+        name: of the tower, as config.json has it.
+        source: the checkpoint's folder.
+        folder: gets the copy.
+    """
+    tower = own_tower(name, source)
     if tower is not None:
         (folder / name).mkdir(parents=True)
         for file in TOWER_FACTS:

@@ -81,19 +81,25 @@ def merge_state(state: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
 
 
 def write_adapter(
-    state: Mapping[str, Tensor], targets: list[str], lora: Lora, base: str, folder: Path
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    targets: list[str],
+    lora: Lora,
+    base: str,
+    folder: Path,
 ) -> None:
     """Write an adapter in the public form.
 
     Args:
         state: the language model's, with the adapter's tensors by peft's names.
+        dtype: what they are written as.
         targets: from `find_targets`, of the model before it had an adapter.
         lora: the adapter's numbers.
         base: what the language model was loaded from.
         folder: gets adapter_config.json and adapter_model.bin.
     """
     tensors = {
-        PEFT_PREFIX + name.replace(f".{ADAPTER}.", "."): tensor.contiguous()
+        PEFT_PREFIX + name.replace(f".{ADAPTER}.", "."): tensor.to(dtype).contiguous()
         for name, tensor in state.items()
         if is_adapter(name)
     }

@@ -23,6 +23,7 @@ from vla2_models.files import read_json, write_json
 from vla2_models.hub import TRAINABLES_FILES, part_files
 from vla2_models.names import PEFT_PREFIX, public_name
 from vla2_models.saving import (
+    copy_own_tower,
     copy_text_files,
     fill_folder,
     public_config,
@@ -84,13 +85,14 @@ def save_trained(
     """
     if config.lora is not None and form_of(config) == "full":
         state = merge_state(state, config.lora)
-    # what is quantised is not written
-    state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}
-    form = form_of(config)
-    writers = {"full": _write_full, "projector": _write_projector, "adapter": _write_adapter}
 
     def write(aside: Path) -> None:
-        fields = writers[form](config, checkpoint, state, targets, aside)
+        if form_of(config) == "full":
+            fields = _write_full(checkpoint, state, dtype, aside)
+        elif form_of(config) == "adapter":
+            fields = _write_adapter(config, checkpoint, state, dtype, targets, aside)
+        else:
+            fields = _write_projector(config, checkpoint, state, dtype, aside)
         if config.num_frames is not None:
             fields["num_frames"] = config.num_frames
         write_json(aside / "config.json", fields)
@@ -99,15 +101,10 @@ def save_trained(
 
 
 def _write_full(
-    config: TrainConfig,
-    checkpoint: Checkpoint,
-    state: Mapping[str, Tensor],
-    targets: list[str],
-    folder: Path,
+    checkpoint: Checkpoint, state: Mapping[str, Tensor], dtype: torch.dtype, folder: Path
 ) -> dict[str, Any]:
-    save_weights(state, folder)
+    save_weights(_cast(state, dtype), folder)
     copy_text_files(checkpoint, folder)
-    dtype = state[f"{LANGUAGE_MODEL}.lm_head.weight"].dtype
     return public_config(checkpoint, dtype)
 
 
@@ -115,13 +112,14 @@ def _write_projector(
     config: TrainConfig,
     checkpoint: Checkpoint,
     state: Mapping[str, Tensor],
-    targets: list[str],
+    dtype: torch.dtype,
     folder: Path,
 ) -> dict[str, Any]:
     parts = _small_parts(config, checkpoint)
     for part in parts:
-        write_part(part, _part_of(state, part), folder)
+        write_part(part, _cast(_part_of(state, part), dtype), folder)
     raw, base = _read_base(config, checkpoint)
+    copy_own_tower(checkpoint.config.mm_vision_tower, checkpoint.folder, folder)
     return {
         **raw,
         "_name_or_path": base,
@@ -134,18 +132,22 @@ def _write_adapter(
     config: TrainConfig,
     checkpoint: Checkpoint,
     state: Mapping[str, Tensor],
+    dtype: torch.dtype,
     targets: list[str],
     folder: Path,
 ) -> dict[str, Any]:
     assert config.lora is not None
     raw, base = _read_base(config, checkpoint)
-    write_adapter(_part_of(state, LANGUAGE_MODEL), targets, config.lora, base, folder)
+    language_model = _part_of(state, LANGUAGE_MODEL)
+    write_adapter(language_model, dtype, targets, config.lora, base, folder)
+    small = _small_parts(config, checkpoint)
+    trained = {name: t for name, t in state.items() if name.partition(".")[0] in small}
     trainables = {
         PEFT_PREFIX + public_name(name): tensor.contiguous()
-        for name, tensor in state.items()
-        if name.partition(".")[0] in _small_parts(config, checkpoint)
+        for name, tensor in _cast(trained, dtype).items()
     }
     torch.save(trainables, folder / TRAINABLES_FILES[1])
+    copy_own_tower(checkpoint.config.mm_vision_tower, checkpoint.folder, folder)
     return {**raw, "_name_or_path": base, "tune_mm_mlp_adapter": False}
 
 
@@ -160,6 +162,10 @@ def _read_base(config: TrainConfig, checkpoint: Checkpoint) -> tuple[dict[str, A
     """Read the config.json, and name the model that the small parts are loaded with."""
     raw = read_json(checkpoint.folder / "config.json")
     return raw, raw["_name_or_path"] if checkpoint.form == "projector" else base_name(config.model)
+
+
+def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}
 
 
 def _part_of(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:

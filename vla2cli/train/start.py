@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from vla2_models.beats import build_audio_projector
 from vla2_models.beats_file import load_beats
 from vla2_models.checkpoint import Checkpoint, find_form, open_checkpoint
-from vla2_models.config import DEFAULT_NUM_FRAMES, LANGUAGE_CONFIGS
+from vla2_models.config import DEFAULT_NUM_FRAMES, LANGUAGE_CONFIGS, tower_name
 from vla2_models.connectors import PROJECTOR_TYPES, build_connector
 from vla2_models.files import read_json, write_json
-from vla2_models.hub import TOWER, Source, locate, part_files
-from vla2_models.saving import fill_folder
+from vla2_models.hub import BUILTIN, TOWER, Source, locate, part_files
+from vla2_models.saving import copy_own_tower, fill_folder
 from vla2cli.errors import UsageError
 from vla2cli.train.config import TrainConfig
 from vla2cli.train.stages import AUDIO_PROJECTOR, AUDIO_TOWER, CONNECTOR, HEARING
@@ -107,7 +107,9 @@ def _base_name(
 
 
 def base_name(name: str) -> str:
-    """Return a hub id as it is, and a folder with its whole path."""
+    """Return a hub id, and `builtin`, as it is, and a folder with its whole path."""
+    if name == BUILTIN:
+        return name
     path = Path(name).expanduser()
     return str(path.resolve()) if path.is_dir() else name
 
@@ -138,6 +140,7 @@ def _write_start(
             shutil.copyfile(path, aside / path.name)
         for part, state in parts.items():
             write_part(part, state, aside)
+        copy_own_tower(tower_name(model_folder, raw), model_folder, aside)
         fields = {**raw, "_name_or_path": base, "tune_mm_mlp_adapter": True}
         write_json(aside / "config.json", fields)
 

@@ -3,8 +3,9 @@ import json
 import pytest
 import torch
 
-from tests.tiny import write_tiny
+from tests.tiny import SHORT_WINDOW, write_tiny, write_with_tower
 from tests.vla2cli.train.students import (
+    NUM_FRAMES,
     SETTINGS,
     configured,
     loaded,
@@ -14,6 +15,7 @@ from tests.vla2cli.train.students import (
     write_student,
 )
 from vla2_models.checkpoint import open_checkpoint
+from vla2_models.files import UNFINISHED
 from vla2_models.hub import Source
 from vla2_models.loading import load_model
 from vla2cli.engine import Engine
@@ -161,3 +163,41 @@ def test_a_tower_that_is_trained_needs_the_whole_form(tmp_path):
     check_form(make_config(content), checkpoint)  # which it then has
     with pytest.raises(UsageError, match="vision_tower is trained, which only 'save: full' keeps"):
         check_form(make_config({**content, "save": "projector"}), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "form"),
+    [
+        ("video-pretrain", {}, "projector"),
+        ("video-pretrain", {"connector": "stp_connector"}, "projector"),
+        ("video-finetune", {"lora": LORA}, "adapter"),
+        ("joint", {}, "whole"),
+    ],
+    ids=["projector", "new connector", "adapter", "whole"],
+)
+def test_a_tower_inside_the_model_s_folder_is_saved_with_what_was_trained(
+    stage, settings, form, tmp_path
+):
+    model = write_with_tower(
+        tmp_path / "model", has_ears=True, num_frames=NUM_FRAMES, **SHORT_WINDOW
+    )
+    folder, student = trained_folder(tmp_path, stage, model=str(model), **settings)
+    assert open_checkpoint(str(folder), Source(offline=True)).form == form
+    again = logits_of(loaded(folder, tmp_path / "hub"))
+    torch.testing.assert_close(again, logits_of(student.network.model), rtol=1e-4, atol=1e-4)
+
+
+def test_a_save_takes_the_place_of_one_that_was_killed_before_its_last_file(tmp_path):
+    model = write_with_tower(
+        tmp_path / "model", has_ears=True, num_frames=NUM_FRAMES, **SHORT_WINDOW
+    )
+    folder, student = trained_folder(tmp_path, "video-pretrain", model=str(model))
+    (folder / "config.json").unlink()
+    (folder / "clip-tower/config.json").write_text("old")
+    (folder / f"{UNFINISHED}abc").mkdir()
+    (folder / f"{UNFINISHED}abc/mm_projector.bin").write_text("half")
+    again, trained = run(student.config, tmp_path / "hub")
+    again.save(trained)
+    expected = logits_of(student.network.model)
+    assert torch.equal(logits_of(loaded(folder, tmp_path / "hub")), expected)
+    assert not list(folder.glob(f"{UNFINISHED}*"))

@@ -7,10 +7,11 @@ import torch
 
 from tests.tiny import load_tiny, read_tensors, tower_of, write_json, write_tensors, write_tiny
 from tests.vla2cli.train.students import SETTINGS, Clips, loaded, run, student_of
+from vla2_models.hub import BUILTIN
 from vla2_models.names import CONNECTOR_PREFIX, TOWER_PREFIX
 from vla2cli.errors import UsageError
 from vla2cli.train.config import make_config
-from vla2cli.train.start import START
+from vla2cli.train.start import START, base_name
 
 
 class Silent(Clips):
@@ -135,3 +136,10 @@ def test_a_language_model_alone_needs_a_tower(tmp_path):
     config = starting(tmp_path, language_model)
     with pytest.raises(UsageError, match="to begin from it give vision_tower as well"):
         student_of(config, tmp_path / "hub")
+
+
+def test_the_model_of_the_package_is_named_and_not_a_folder_of_that_name(tmp_path, monkeypatch):
+    (tmp_path / BUILTIN).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert base_name(BUILTIN) == BUILTIN
+    assert base_name(f"./{BUILTIN}") == str(tmp_path / BUILTIN)
