@@ -69,3 +69,11 @@ def test_card_has_a_place_for_the_table_and_one_for_the_curve(tmp_path):
 def test_mark_that_is_missing_is_no_silent_success():
     with pytest.raises(AssertionError, match="'table' is marked 0 times"):
         heldout.fill("no mark", "table", "x")
+
+
+@pytest.mark.parametrize("size", [["--quick"], ["--count", "40"]], ids=["quick", "count"])
+def test_card_is_written_from_the_whole_table_alone(size, monkeypatch, capsys):
+    monkeypatch.setattr(heldout.sys, "argv", ["heldout.py", *size, "--write-card"])
+    with pytest.raises(SystemExit):
+        heldout.parse_options()
+    assert "--write-card is of 300 clips a kind" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -71,6 +71,42 @@ def read_manifest(path: str, *, choices: Choices = (), stdin: BinaryIO | None = 
         raise UsageError(f"'{path}' cannot be read: {why(error)}") from error
 
 
+@dataclass(frozen=True)
+class Line:
+    """One line of a manifest: what every one has to have, and the rest of it."""
+
+    where: str  # file and number, for messages
+    number: int  # from 1
+    id: str
+    path: str
+    question: str
+    entry: dict[str, Any]  # as it stands there
+
+    def text(self, key: str) -> str:
+        """Return a text of the entry.
+
+        Raises:
+            UsageError: there is none, or it is blank.
+        """
+        return _text(self.entry, key, self.where)
+
+
+def read_lines(file: Iterable[bytes], name: str) -> Iterator[Line]:
+    """Read what each line of a manifest is about; blank ones are none.
+
+    Raises:
+        UsageError: a line is wrong; the message has the file's name and the line's number.
+    """
+    for number, raw in enumerate(file, 1):
+        if raw.strip():
+            where = f"{name}: line {number}"
+            entry = _parse(raw, where)
+            path, question = (_text(entry, key, where) for key in ("path", "question"))
+            is_named = entry.get("id") is not None
+            id_ = _text(entry, "id", where) if is_named else encode_name(path)
+            yield Line(where, number, id_, path, question, entry)
+
+
 @dataclass
 class _Reading:
     """What the lines so far have said."""
@@ -83,32 +119,30 @@ class _Reading:
     lines: dict[tuple[str, str], int] = field(default_factory=dict)  # id and question -> line
 
     def read(self, file: Iterable[bytes]) -> Manifest:
-        for number, raw in enumerate(file, 1):
-            if raw.strip():
-                self._take(number, _parse(raw, f"{self.name}: line {number}"))
+        for line in read_lines(file, self.name):
+            self._take(line)
         if not self.items:
             raise NoInputError(f"'{self.name}' holds no line with a path and a question")
         items = tuple(item for item, _ in self.items.values())
         return Manifest(self.name, items, self.asked)
 
-    def _take(self, number: int, entry: dict[str, Any]) -> None:
-        where = f"{self.name}: line {number}"
-        path, question = (_text(entry, key, where) for key in ("path", "question"))
-        id_ = _text(entry, "id", where) if entry.get("id") is not None else encode_name(path)
+    def _take(self, line: Line) -> None:
+        where, id_, path, question = line.where, line.id, line.path, line.question
         item = Item(id_, os.path.join(self.folder, path), kind_of(path))  # noqa: PTH118
-        first, line = self.items.setdefault(id_, (item, number))
+        first, first_number = self.items.setdefault(id_, (item, line.number))
         if first.path != item.path:
             raise UsageError(
-                f"{where}: id {id_!r} is of {path!r} here and of another path in line {line}"
+                f"{where}: id {id_!r} is of {path!r} here and of another path in line "
+                f"{first_number}"
             )
-        choices = _choices(entry, where) or self.choices
+        choices = _choices(line.entry, where) or self.choices
         known = self.asked.setdefault(id_, {})
         if known.setdefault(question, choices) != choices:
             raise UsageError(
                 f"{where}: {question!r} is asked of {id_!r} with other choices in line "
                 f"{self.lines[id_, question]}; give one of them an id of its own"
             )
-        self.lines.setdefault((id_, question), number)
+        self.lines.setdefault((id_, question), line.number)
 
 
 def _parse(raw: bytes, where: str) -> dict[str, Any]:

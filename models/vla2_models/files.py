@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import CheckpointError
 
-UNFINISHED = ".unfinished-"  # how the name of a folder begins that is being written
+UNFINISHED = ".unfinished-"  # how the name begins of what is being written
 
 
 def check_readable(path: Path) -> None:
@@ -57,4 +57,11 @@ def is_positive(value: Any) -> bool:
 def write_json(path: Path, content: object) -> None:
     """Write a JSON file of a checkpoint, and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is the old one or the new one, whenever the process is ended."""
+    aside = path.with_name(f"{UNFINISHED}{path.name}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)

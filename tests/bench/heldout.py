@@ -1,6 +1,6 @@
 """Make the table of what a model says of clips that it never saw, beside what it cannot know.
 
-    python tests/bench/heldout.py [--model M] [--seed S] [--quick | --count N] [--write-card]
+    python tests/bench/heldout.py [--model M] [--seed S] [--quick | --count N | --write-card]
 
 Each step is a command in a process of its own: `vla2 world` writes mp4 files, `vla2 ask --manifest`
 answers through the loader of all videos, `vla2 world score` compares word for word.
@@ -108,7 +108,10 @@ def parse_options() -> argparse.Namespace:
         "--folder", type=Path, default=Path(".train/heldout"), help="default: %(default)s"
     )
     parser.add_argument("--write-card", action="store_true", help=f"put the table into {CARD}")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.write_card and options.count is not None:
+        parser.error(f"--write-card is of {NUM_CLIPS} clips a kind: leave --quick, --count out")
+    return options
 
 
 def count_needed(seed: int, split: str) -> int:

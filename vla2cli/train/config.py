@@ -29,6 +29,8 @@ SAVES = ("auto", "full", "projector")
 SAVE_DTYPES = ("auto", "float32", "float16", "bfloat16")
 MEDIA = ("av", "video", "audio")
 ASPECT_RATIOS = (None, "pad")
+# in the place of a stage's settings of how files are seen and heard
+MEDIA_OF_WORLD: Mapping[str, Any] = {"image_aspect_ratio": None, "va": False}
 # what of a run may change when it goes on: none of it changes the weights by more than rounding
 FREE_KEYS = ("log_steps", "save_steps", "workers", "per_device_batch", "gradient_checkpointing")
 
@@ -159,12 +161,48 @@ def make_config(content: Mapping[str, Any]) -> TrainConfig:
         known = ", ".join(STAGES)
         raise UsageError(f"stage is {_shown(values['stage'])}, expected one of {known}{hint}")
     stage = STAGES[values["stage"]]
+    if values.get("world") is not None:
+        _check_media_keys(values)
+        stage = dataclasses.replace(stage, **MEDIA_OF_WORLD)
     config = TrainConfig(**{**_stage_values(stage), **_typed(values)})
     if "batch" in values and "per_device_batch" not in values:
         smaller = min(config.batch, config.per_device_batch)
         config = dataclasses.replace(config, per_device_batch=smaller)
     _check(config)
     return config
+
+
+def _check_media_keys(values: Mapping[str, Any]) -> None:
+    for key in MEDIA_OF_WORLD:
+        if values.get(key) is not None:
+            raise UsageError(f"{key} is for files; clips of world have their own; leave it out")
+
+
+def complete_record(record: Any) -> dict[str, Any]:
+    """Say the settings that an earlier version wrote down as `TrainConfig.as_dict` does here.
+
+    Settings that came later get their defaults; those that are gone were of no effect.
+
+    Raises:
+        UsageError: it is not understood.
+    """
+    filled = _filled(record, TrainConfig)
+    filled["data"] = [_filled(file, DataFile) for file in filled["data"]]
+    for key, kind in (("world", WorldData), ("lora", Lora)):
+        if filled[key] is not None:
+            filled[key] = _filled(filled[key], kind)
+    return filled if filled["world"] is None else {**filled, **MEDIA_OF_WORLD}
+
+
+def _filled(record: Any, kind: type[TrainConfig | DataFile | WorldData | Lora]) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise UsageError(f"{_shown(record)}, which is no table of settings")
+    known = [field.name for field in fields(kind)]
+    for key, value in record.items():
+        if key not in known and value:
+            raise UsageError(f"{key} {_shown(value)}, which this version does not know")
+    defaults = {f.name: f.default for f in fields(kind) if f.default is not dataclasses.MISSING}
+    return {**defaults, **{key: value for key, value in record.items() if key in known}}
 
 
 def _stage_values(stage: Stage) -> dict[str, Any]:
@@ -194,10 +232,7 @@ def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
         typed["lora"] = _lora(typed["lora"])
     if "world" in typed:
         typed["world"] = _world(typed["world"])
-    for key in ("learning_rate", "projector_learning_rate", "muon_learning_rate"):
-        if key in typed:
-            typed[key] = _number(typed[key])
-    return typed
+    return {key: _plain(value, KINDS.get(key)) for key, value in typed.items()}
 
 
 def _data_file(entry: Mapping[str, Any]) -> DataFile:
@@ -228,7 +263,7 @@ def _given(value: Mapping[str, Any], kinds: Mapping[str, Kind], of: str) -> dict
         is_kind, wanted = kinds[key]
         if not is_kind(setting):
             raise UsageError(f"{key} of {of} is {_shown(setting)}, expected {wanted}")
-    return given
+    return {key: _plain(setting, kinds[key]) for key, setting in given.items()}
 
 
 def _check(config: TrainConfig) -> None:
@@ -237,6 +272,13 @@ def _check(config: TrainConfig) -> None:
     if config.muon_learning_rate is not None and is_sharded:
         raise UsageError(
             "muon_learning_rate is of whole matrices, which fsdp and deepspeed cut; leave it out"
+        )
+    if config.muon_learning_rate is not None and config.lora is not None:
+        raise UsageError("muon_learning_rate is not for the matrices of lora; give one of the two")
+    if config.muon_learning_rate is not None and config.projector_learning_rate is not None:
+        raise UsageError(
+            "projector_learning_rate is of AdamW, and the projectors' matrices are "
+            "muon_learning_rate's; give one of the two"
         )
     if config.batch % config.per_device_batch:
         raise UsageError(
@@ -309,8 +351,10 @@ def _shown(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)[:100]
 
 
-def _number(value: Any) -> float:
-    return float(value)
+def _plain(value: Any, kind: Kind | None) -> Any:
+    """Make a number of a text that stands for one."""
+    is_number = kind is not None and kind[0] in (_is_positive, _is_share, _is_number_from_0)
+    return float(value) if is_number else value
 
 
 def _is_number(value: Any) -> bool:
@@ -321,20 +365,16 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _is_rate(value: Any) -> bool:
+def _is_positive(value: Any) -> bool:
     return _is_number(value) and float(value) > 0
 
 
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and _is_number(value) and value > 0
-
-
 def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and _is_number(value) and 0 <= value < 1
+    return _is_number(value) and 0 <= float(value) < 1
 
 
 def _is_number_from_0(value: Any) -> bool:
-    return isinstance(value, int | float) and _is_number(value) and value >= 0
+    return _is_number(value) and float(value) >= 0
 
 
 def _is_from_1(value: Any) -> bool:
@@ -377,8 +417,8 @@ KINDS: Mapping[str, Kind] = {
     "output": _TEXT,
     "train": (_is_parts, f"a list of {', '.join(PARTS)}"),
     "form": _one_of(*FORMS),
-    "learning_rate": (_is_rate, "a number above 0"),
-    "projector_learning_rate": (_is_rate, "a number above 0"),
+    "learning_rate": (_is_positive, "a number above 0"),
+    "projector_learning_rate": (_is_positive, "a number above 0"),
     "batch": _COUNT,
     "per_device_batch": _COUNT,
     "epochs": (_is_positive, "a number above 0"),
@@ -387,7 +427,7 @@ KINDS: Mapping[str, Kind] = {
     "va": _SWITCH,
     "data": (_is_entries, "a list of {file, folder, weight}"),
     "world": (lambda value: isinstance(value, dict), "{clips, seed, questions, …}"),
-    "muon_learning_rate": (_is_rate, "a number above 0"),
+    "muon_learning_rate": (_is_positive, "a number above 0"),
     "warmup_ratio": (_is_share, "a number from 0 to below 1"),
     "weight_decay": (_is_number_from_0, "a number from 0"),
     "max_length": _COUNT,

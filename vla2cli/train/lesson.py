@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -21,7 +20,7 @@ from vla2cli.tokenizer import load_tokenizer
 from vla2cli.train.collate import Collator
 from vla2cli.train.config import TrainConfig, WorldData
 from vla2cli.train.media import MediaReader
-from vla2cli.train.samples import DataFile, SampleDataset
+from vla2cli.train.samples import SampleDataset
 from vla2cli.train.stages import TOWERS
 from vla2cli.train.towers import TowerSamples, collate_towers
 from vla2cli.train.trainer import Batch, OnStep
@@ -89,12 +88,8 @@ def _read_files(config: TrainConfig, checkpoint: Checkpoint) -> Lesson:
         window=None if audio is None else audio.window,
         hears_videos=config.va,
     )
-    files = [
-        DataFile(Path(entry.file), entry.weight, Path(entry.folder or Path(entry.file).parent))
-        for entry in config.data
-    ]
     dataset = SampleDataset(
-        files, tokenizer, reader, form=config.form, pack=config.pack, seed=config.seed
+        config.data, tokenizer, reader, form=config.form, pack=config.pack, seed=config.seed
     )
     # any id fills rows up: a mask hides it
     collator = Collator(tokenizer.eos_token_id, config.max_length, config.pack)

@@ -19,6 +19,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from vla2_models.files import replace_text
 from vla2cli.console import Console, format_duration, format_rate
 from vla2cli.errors import Vla2Error
 from vla2cli.train.hf import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -60,7 +61,6 @@ class RunLog(TrainerCallback):
         self.is_stopping = False  # what all processes have agreed on
         self._noted = -math.inf
         self._started = time.monotonic()
-        self._first_samples = 0
 
     def on_train_begin(
         self,
@@ -75,7 +75,6 @@ class RunLog(TrainerCallback):
             last = before[-1]
             self.totals = Totals(*(last[key] for key in ("tokens", "samples", "skipped")))
             self.totals.seconds = last["seconds"]
-        self._first_samples = self.totals.samples
         self._started = time.monotonic() - self.totals.seconds
         if state.is_world_process_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -136,9 +135,9 @@ class RunLog(TrainerCallback):
         if now - self._noted < NOTE_INTERVAL_S and line["step"] != max_steps:
             return
         self._noted = now
-        own_seconds = max(now - self._started, 1e-9)
-        rate = (line["samples"] - self._first_samples) / own_seconds
-        left = (max_steps - line["step"]) * own_seconds / line["step"]
+        seconds = max(now - self._started, 1e-9)
+        rate = line["samples"] / seconds
+        left = (max_steps - line["step"]) * seconds / line["step"]
         skipped = f", {line['skipped']:,} skipped" if line["skipped"] else ""
         self.console.note(
             f"step {line['step']:,} of {max_steps:,}: loss {line['loss']:.4f}, "
@@ -150,9 +149,8 @@ def read_lines(path: Path, last_step: int | None = None) -> Iterator[dict[str, A
     """Read a file of JSON Lines, up to a step; an unfinished last line is none."""
     if not path.exists():
         return
-    for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not text.endswith("\n"):
-            return
+    # not `splitlines`: a string in JSON may hold other line breaks as they are
+    for text in path.read_text(encoding="utf-8").split("\n")[:-1]:
         line = json.loads(text)
         if last_step is None or line["step"] <= last_step:
             yield line
@@ -161,15 +159,16 @@ def read_lines(path: Path, last_step: int | None = None) -> Iterator[dict[str, A
 def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Write lines behind those of a file of JSON Lines."""
     with path.open("a", encoding="utf-8") as file:
-        for line in lines:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.writelines(map(_as_text, lines))
 
 
 def take_back(path: Path, last_step: int) -> None:
     """Leave of a file of JSON Lines what is not beyond a step."""
-    lines = list(read_lines(path, last_step))
-    path.unlink(missing_ok=True)
-    append_lines(path, lines)
+    replace_text(path, "".join(map(_as_text, read_lines(path, last_step))))
+
+
+def _as_text(line: Mapping[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def plot_loss(folder: Path) -> None:

@@ -23,7 +23,7 @@ from vla2cli.console import Console
 from vla2cli.engine import DTYPES
 from vla2cli.errors import UsageError
 from vla2cli.layout import Layout
-from vla2cli.train.config import FREE_KEYS, TrainConfig
+from vla2cli.train.config import FREE_KEYS, TrainConfig, complete_record
 from vla2cli.train.exam import Exam
 from vla2cli.train.lesson import Lesson, open_lesson
 from vla2cli.train.lora import add_adapter, find_targets
@@ -229,6 +229,7 @@ def check_record(config: TrainConfig) -> None:
 
     Raises:
         UsageError: naming the first that differs.
+        CheckpointError: the record is no JSON.
     """
     folder = Path(config.output)
     path = folder / RECORD
@@ -236,7 +237,11 @@ def check_record(config: TrainConfig) -> None:
         if (folder / "config.json").exists():
             raise UsageError(f"output '{folder}' holds a model already; give a new folder")
         return
-    begun, wanted = read_json(path), config.as_dict()
+    wanted = config.as_dict()
+    try:
+        begun = complete_record(read_json(path))
+    except UsageError as error:
+        raise UsageError(f"output '{folder}' was begun with {error}; give a new folder") from error
     for key in wanted:
         if key not in FREE_KEYS and begun.get(key) != wanted[key]:
             raise UsageError(

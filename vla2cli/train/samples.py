@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from vla2cli.errors import InputError, ModelError, UsageError
 from vla2cli.tokenizer import Tokenizer
+from vla2cli.train.config import DataFile
 from vla2cli.train.conversation import Form, Row, build_row
 from vla2cli.train.entries import Entry, read_entries
 from vla2cli.train.media import Media, MediaFile, MediaReader
@@ -42,22 +43,6 @@ class Sample:
     word_targets: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class DataFile:
-    """A file in the public data format, and how often it is seen."""
-
-    path: Path
-    weight: float = 1.0  # times in an epoch; of 0.5, two epochs see each entry once
-    folder: Path = Path()  # what the paths in it are relative to
-
-    def read(self) -> list[Entry]:
-        """Read the entries, their media's paths with the folder before them."""
-        return [
-            entry if entry.path is None else replace(entry, path=str(self.folder / entry.path))
-            for entry in read_entries(self.path)
-        ]
-
-
 class SampleDataset(Dataset["Sample | Skipped"]):
     """The samples of one epoch, a map-style dataset that never raises for a bad one.
 
@@ -70,7 +55,7 @@ class SampleDataset(Dataset["Sample | Skipped"]):
         seed: of the order and of the choice where a weight is no whole number.
 
     Raises:
-        UsageError: a file is not in the format, or its weight leaves nothing of it.
+        UsageError: a file is no list of entries, or its weight leaves nothing of it.
     """
 
     def __init__(
@@ -84,12 +69,12 @@ class SampleDataset(Dataset["Sample | Skipped"]):
         seed: int = 0,
     ) -> None:
         self.tokenizer, self.reader, self.form, self.seed = tokenizer, reader, form, seed
-        self._groups = [group_entries(file.read(), pack) for file in files]
+        self._groups = [group_entries(_read(file), pack) for file in files]
         self._weights = [file.weight for file in files]
         for file, groups in zip(files, self._groups):
             if not (math.isfinite(file.weight) and round(len(groups) * file.weight) >= 1):
                 raise UsageError(
-                    f"'{file.path}': a weight of {file.weight!r} leaves none of its "
+                    f"'{file.file}': a weight of {file.weight!r} leaves none of its "
                     f"{len(groups)} samples"
                 )
         self.set_epoch(0)
@@ -126,6 +111,9 @@ class SampleDataset(Dataset["Sample | Skipped"]):
         learned: list[tuple[str, Row]] = []
         skipped = []
         for entry in group:
+            if entry.fault is not None:
+                skipped.append(Skipped(entry.id, entry.fault))
+                continue
             try:
                 row = build_row(self.tokenizer, entry.conversation, entry.medium, self.form)
                 learned.append((entry.id, row))
@@ -158,6 +146,16 @@ class _Draft:
         return Sample(
             tuple(id for id, _ in learned), tuple(row for _, row in learned), media, skipped
         )
+
+
+def _read(file: DataFile) -> list[Entry]:
+    """Read the entries, their media's paths with the folder before them."""
+    path = Path(file.file)
+    folder = path.parent if file.folder is None else Path(file.folder)
+    return [
+        entry if entry.path is None else replace(entry, path=str(folder / entry.path))
+        for entry in read_entries(path)
+    ]
 
 
 def group_entries(entries: Sequence[Entry], pack: int) -> list[tuple[Entry, ...]]:

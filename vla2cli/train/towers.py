@@ -7,15 +7,12 @@ sound of each moment, and are thrown away afterwards.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
@@ -23,9 +20,11 @@ from torch.utils.data import Dataset
 from vla2_models.beats_design import NUM_MEL_BINS
 from vla2_models.config import CheckpointConfig
 from vla2_models.videollama2 import VideoLLaMA2
+from vla2cli.errors import UsageError
 from vla2cli.preprocess import FrameGeometry, fbank, normalise
 from vla2cli.world.clip import WorldClip
 from vla2cli.world.crowd import COLOUR_NAMES, KINDS, SCENE_NAMES, UNNAMED, draw_crowd
+from vla2cli.world.damage import spoil
 from vla2cli.world.vocabulary import SOUNDS
 
 _SOUND_NAMES = (None, *SOUNDS)  # None: silence
@@ -37,8 +36,6 @@ _PICTURE_HEADS = {
     "scenes": (len(SCENE_NAMES), 0.1),
 }
 _ROW_S = 0.01  # from one row of the fbank to the next
-_JPEG_SHARE, _JPEG_QUALITY = 0.5, (30, 90)
-_NOISE = 6.0  # at most, in grey levels
 # ears learn ten sounds long before eyes thirty objects: for so many pictures they get a sound
 _PICTURES_PER_SOUND = 4
 
@@ -57,14 +54,17 @@ class TowerSample:
 
 
 class TowerSamples(Dataset[TowerSample]):
-    """Pictures and sounds of the world, endless but for a given number.
+    """Pictures and sounds of the world, of each epoch others.
 
     Args:
         config: of the checkpoint whose towers learn; it has ears.
         geometry: of its frames.
         seed: of the collection.
-        count: how many there are.
+        count: of pictures in an epoch.
         striped: share of the shapes that have two colours, see `draw_crowd`.
+
+    Raises:
+        UsageError: the tower's image leaves a rest beside its patches.
     """
 
     def __init__(
@@ -80,11 +80,22 @@ class TowerSamples(Dataset[TowerSample]):
         self.patch_rows = config.audio.design.patch_size
         self.geometry, self.seed, self.count = geometry, seed, count
         self.striped = striped
+        if geometry.height % self.grid:
+            raise UsageError(
+                f"the towers' stage names patches, and an image of {geometry.height} pixels is "
+                f"no multiple of {self.grid} patches; take a vision tower whose is"
+            )
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the pictures of an epoch, counted from 0."""
+        self._first = epoch * self.count
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> TowerSample:
+        index += self._first
         crowd = draw_crowd(self.seed, index, self.geometry.height, self.grid, self.striped)
         rng = np.random.default_rng([self.seed, index, 1])
         pixels = normalise(spoil(crowd.frame[None], rng), self.geometry)[0]
@@ -106,22 +117,6 @@ class TowerSamples(Dataset[TowerSample]):
 def middles(num_rows: int, patch_rows: int) -> list[float]:
     """List the second in the middle of each row of patches, of `patch_rows` rows of the fbank."""
     return [(row + 0.5) * patch_rows * _ROW_S for row in range(num_rows)]
-
-
-def spoil(frames: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Damage (T, S, S, 3) frames a little, as a codec does: noise, and half of them JPEG."""
-    noisy = frames + rng.standard_normal(frames.shape, np.float32) * rng.uniform(0, _NOISE)
-    frames = noisy.clip(0, 255).astype(np.uint8)
-    if rng.random() >= _JPEG_SHARE:
-        return frames
-    quality = int(rng.integers(*_JPEG_QUALITY))
-    return np.stack([_as_jpeg(frame, quality) for frame in frames])
-
-
-def _as_jpeg(frame: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
-    file = io.BytesIO()
-    Image.fromarray(frame).save(file, "JPEG", quality=quality)
-    return np.asarray(Image.open(file))
 
 
 def collate_towers(samples: Sequence[TowerSample]) -> dict[str, Any]:

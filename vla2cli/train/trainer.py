@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 from vla2cli.console import Console
 from vla2cli.errors import UsageError
 from vla2cli.train.config import TrainConfig
+from vla2cli.train.conversation import IGNORED
 from vla2cli.train.hf import (
     PrinterCallback,
     Trainer,
@@ -40,7 +41,6 @@ from vla2cli.train.hf import (
 from vla2cli.train.log import RunLog, plot_loss
 from vla2cli.train.optimiser import with_muon
 
-IGNORED = -100  # label of a token that is not learned
 PROJECTOR = "mm_projector"  # in the names of both projectors' parameters
 WEIGHTS = "model.safetensors"  # of a checkpoint: the trained parameters
 STATE = "trainer_state.json"
@@ -216,6 +216,15 @@ class VideoTrainer(Trainer):
         """Compute the loss of one batch, with what `on_step` adds."""
         more = self.on_step(self.state.global_step, self.state.max_steps)
         return super().compute_loss(model, {**inputs, **more}, return_outputs, num_items_in_batch)
+
+    def _get_learning_rate(self) -> float:
+        # what is logged; Muon's groups and the projectors' may come first
+        if not self.is_deepspeed_enabled:
+            pairs = zip(self.lr_scheduler.get_last_lr(), self.optimizer.param_groups, strict=True)
+            for rate, group in pairs:
+                if group["initial_lr"] == self.args.learning_rate:
+                    return float(rate)
+        return float(super()._get_learning_rate())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trained parameters; sharded ones as accelerate and DeepSpeed do."""

@@ -28,8 +28,9 @@ from vla2cli.tokenizer import Tokenizer
 from vla2cli.train.conversation import IGNORED, Form, Utterance, build_row
 from vla2cli.train.media import Media
 from vla2cli.train.samples import Sample
-from vla2cli.train.towers import middles, spoil
+from vla2cli.train.towers import middles
 from vla2cli.world.clip import WorldClip
+from vla2cli.world.damage import spoil
 from vla2cli.world.encode import NUM_FRAMES, SIDE
 from vla2cli.world.facts import DURATION_S, Thing
 from vla2cli.world.picture import draw_silhouette
@@ -66,7 +67,7 @@ def check_world(config: CheckpointConfig, medium: str | None) -> None:
             f"world names what a connector's tokens show, and those of '{config.projector_type}' "
             "are no blocks of patches; take stc_connector_v35, stp_connector or spatial_pool"
         )
-    if medium in ("video", "image"):
+    if medium == "video":
         return
     if config.audio is None:
         raise UsageError(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vla2cli.errors import UsageError, why
-from vla2cli.inputs import encode_name
 from vla2cli.ledger import Record, key_of, read_records
+from vla2cli.manifest import read_lines
 from vla2cli.world.write import CHOICE
 
 _TASKS = ("ask", "caption")  # whose records hold an answer
@@ -98,14 +97,11 @@ def read_manifest(path: Path) -> Iterator[Expected]:
         UsageError: the file cannot be read, or a line is not one of a manifest.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open("rb") as file:
+            for line in read_lines(file, str(path)):
+                yield Expected(line.id, line.question, line.text("answer"), line.text("kind"))
     except OSError as error:
         raise UsageError(f"cannot read '{path}': {why(error)}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"'{path}' is not a manifest: it is not UTF-8") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield _parse(line, f"'{path}' line {number}")
 
 
 def format_table(rows: Sequence[Row]) -> str:
@@ -136,18 +132,3 @@ def _said(record: Record, kind: str) -> str | None:
     source = record.get("choice") if kind == CHOICE else record
     said = source.get("text") if isinstance(source, Mapping) else None
     return said.strip() if isinstance(said, str) else None
-
-
-def _parse(line: str, where: str) -> Expected:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where} is not JSON; expected one object a line") from error
-    if not isinstance(entry, dict):
-        raise UsageError(f"{where} is {line[:24]!r}, expected a JSON object")
-    fields = ("path", "question", "answer", "kind")
-    if not all(isinstance(entry.get(name), str) for name in fields):
-        raise UsageError(f"{where} needs 'path', 'question', 'answer' and 'kind', all text")
-    path, *others = (str(entry[name]) for name in fields)
-    name = entry.get("id")
-    return Expected(encode_name(path) if name is None else str(name), *others)

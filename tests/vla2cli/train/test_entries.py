@@ -50,17 +50,22 @@ def test_a_list_and_lines_hold_the_same_entries(tmp_path, lines):
             "entry 2: turn 3 of 'conversations': 'from' is 'me', expected human or gpt",
         ),
         (
+            {"conversations": [{"from": ["gpt"], "value": ""}]},
+            "entry 2: turn 1 of 'conversations': 'from' is ['gpt'], expected human or gpt",
+        ),
+        (
             {"conversations": [{"from": "gpt"}]},
             "entry 2: turn 1 of 'conversations': 'value' is None, expected a text",
         ),
     ],
 )
 def test_an_entry_outside_the_format_is_named_with_its_file_and_key(tmp_path, entry, message):
-    path = write(tmp_path / "data.json", {"conversations": TURNS}, entry)
-    with pytest.raises(UsageError) as caught:
-        read_entries(path)
-    assert str(caught.value).startswith(f"'{path}': {message}")
-    assert "\n" not in str(caught.value)
+    path = write(tmp_path / "data.json", {"conversations": TURNS}, entry, {"conversations": TURNS})
+    before, odd, behind = read_entries(path)
+    assert (before, behind) == (Entry("1", "text", None, SAID), Entry("3", "text", None, SAID))
+    assert odd.id == "2"
+    assert odd.fault.startswith(f"'{path}': {message}")
+    assert "\n" not in odd.fault
 
 
 @pytest.mark.parametrize(

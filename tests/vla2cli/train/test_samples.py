@@ -17,8 +17,9 @@ from tests.vla2cli.train.reference import batch_of
 from vla2cli.errors import InputError, UsageError
 from vla2cli.preprocess import fbank
 from vla2cli.train.collate import Collator
+from vla2cli.train.config import DataFile
 from vla2cli.train.media import MediaFile, MediaReader
-from vla2cli.train.samples import DataFile, Sample, SampleDataset, Skipped, draw_indices
+from vla2cli.train.samples import Sample, SampleDataset, Skipped, draw_indices
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the decoders' processes")
 
@@ -62,7 +63,7 @@ def dataset_of(tmp_path, folder, reader, *entries, **more):
     named = [{"id": f"e{i}", **entry} for i, entry in enumerate(entries)]
     path.write_text(json.dumps(named), encoding="utf-8")
     tokenizer = tiny_av_engine().tokenizer
-    return SampleDataset([DataFile(path, folder=folder)], tokenizer, reader, **more)
+    return SampleDataset([DataFile(str(path), str(folder))], tokenizer, reader, **more)
 
 
 def all_of(dataset):
@@ -109,14 +110,16 @@ def test_bad_samples_are_named_and_good_ones_kept(tmp_path, folder, reader):
         about("video", "bad.mp4"),
         about("video", "mute.mp4", "What?"),
         about("video", "mute.mp4"),
+        about("video", ["mute.mp4"]),
     )
     items = all_of(dataset)
+    assert "entry 5: 'video' is ['mute.mp4'], expected a path" in items["e4"].reason
     assert f"'{folder / 'gone.mp4'}': " in items["e0"].reason
     assert f"'{folder / 'bad.mp4'}': " in items["e1"].reason
     assert "1 turns" in items["e2"].reason
     assert isinstance(items[("e3",)], Sample)
     batch = Collator(0, max_length=99)(list(items.values()))
-    assert sorted(name for name, _ in batch["skipped"]) == ["e0", "e1", "e2"]
+    assert sorted(name for name, _ in batch["skipped"]) == ["e0", "e1", "e2", "e4"]
     assert len(batch["input_ids"]) == 1
 
 
@@ -177,7 +180,9 @@ def test_a_weight_that_leaves_nothing_is_refused(tmp_path, folder, reader, weigh
     path = dataset_of(tmp_path, folder, reader, {"conversations": turns("")}) and tmp_path
     with pytest.raises(UsageError, match=r"data\.json': a weight of .* leaves none of its 1"):
         SampleDataset(
-            [DataFile(path / "data.json", weight, folder)], tiny_av_engine().tokenizer, reader
+            [DataFile(str(path / "data.json"), str(folder), weight)],
+            tiny_av_engine().tokenizer,
+            reader,
         )
 
 

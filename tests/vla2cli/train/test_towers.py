@@ -1,5 +1,7 @@
 """The towers' stage: what is asked of their patches, and what learns from it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,12 +11,13 @@ from tests.vla2cli.train.students import FOR_WORLD, QUIET, configured, loaded, w
 from vla2_models.checkpoint import open_checkpoint
 from vla2_models.hub import Source
 from vla2cli.engine import read_geometry
+from vla2cli.errors import UsageError
 from vla2cli.train.lesson import open_lesson
 from vla2cli.train.run import make_student
 from vla2cli.train.towers import TowerSamples, collate_towers
 from vla2cli.train.trainer import run_training
 from vla2cli.world.clip import WorldClip
-from vla2cli.world.crowd import draw_crowd
+from vla2cli.world.crowd import UNNAMED, draw_crowd
 from vla2cli.world.vocabulary import SOUNDS
 
 SEED = 3
@@ -95,6 +98,30 @@ def test_one_picture_in_four_comes_with_a_sound(samples):
     batch = batch_of(samples, 3, 4, 5)
     assert (len(batch["pixel_values"]), len(batch["fbank"]), len(batch["sounds"])) == (3, 1, 1)
     assert batch["labels"].equal(batch["kinds"])
+
+
+def test_each_epoch_has_pictures_of_its_own(checkpoint):
+    short, long = (
+        TowerSamples(checkpoint.config, read_geometry(checkpoint), SEED, count) for count in (4, 8)
+    )
+    short.set_epoch(1)
+    for index in range(4):
+        assert short[index].pixel_values.equal(long[4 + index].pixel_values)
+        assert not short[index].pixel_values.equal(long[index].pixel_values)
+
+
+def test_of_stripes_what_is_not_to_be_told_is_left_out_of_the_loss(checkpoint, task):
+    samples = TowerSamples(checkpoint.config, read_geometry(checkpoint), SEED, 20, striped=0.9)
+    batch = batch_of(samples, *range(20))
+    assert (batch["kinds"] == UNNAMED).any()
+    assert (batch["colours"] == UNNAMED).any()
+    assert task(**batch)["loss"].isfinite()
+
+
+def test_an_image_that_patches_do_not_fill_is_refused(checkpoint):
+    geometry = replace(read_geometry(checkpoint), height=58)
+    with pytest.raises(UsageError, match="58 pixels is no multiple of 4 patches"):
+        TowerSamples(checkpoint.config, geometry, SEED, 1)
 
 
 def test_the_loss_is_the_sum_of_the_heads_cross_entropies(task, samples):

@@ -66,6 +66,21 @@ def test_a_run_is_saved_and_not_done_twice(typed, tmp_path):
     assert typed("log_steps=5")[0] == 0  # which changes no weight
 
 
+def test_a_record_of_an_earlier_version_is_gone_on_with_and_an_odd_one_refused(typed, tmp_path):
+    assert typed()[0] == 0
+    path = tmp_path / "out/train.json"
+    record = json.loads(path.read_text())
+    del record["muon_learning_rate"]
+    path.write_text(json.dumps(record))
+    assert typed()[0] == 0
+    for text in (json.dumps({**record, "speed": 2}), "{"):
+        path.write_text(text)
+        code, _, err = typed()
+        assert code in (1, 2)
+        assert err.count("\n") == 1
+        assert "train.json" in err or "was begun with speed 2" in err
+
+
 def test_a_dry_run_tells_what_would_be_trained_and_writes_nothing(typed, tmp_path):
     code, out, _ = typed("connector=linear", flags=["--dry-run"])
     assert code == 0

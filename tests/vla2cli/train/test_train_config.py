@@ -1,7 +1,7 @@
 import pytest
 
 from vla2cli.errors import UsageError
-from vla2cli.train.config import Lora, WorldData, make_config, read_config
+from vla2cli.train.config import Lora, WorldData, complete_record, make_config, read_config
 
 GIVEN = {"model": "m", "stage": "video-finetune", "output": "out"}
 CLIPS = {"clips": 8}
@@ -16,8 +16,62 @@ def test_what_is_not_given_is_the_stage_s():
     assert (config.form, config.image_aspect_ratio, config.epochs) == ("chat", "pad", 1)
 
 
-def test_rates_may_be_written_as_yaml_does_not_read_them():
-    assert make_config({**GIVEN, "learning_rate": "1e-4"}).learning_rate == 1e-4
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("learning_rate", "projector_learning_rate", "muon_learning_rate"),
+        *("epochs", "warmup_ratio", "weight_decay"),
+    ],
+)
+def test_numbers_may_be_written_as_yaml_does_not_read_them(key):
+    assert getattr(make_config({**GIVEN, key: "1e-2"}), key) == 1e-2
+    with pytest.raises(UsageError, match=f"{key} is "):
+        make_config({**GIVEN, key: "-1e-2"})
+
+
+def test_numbers_below_a_key_may_be_written_so_too():
+    world = {**CLIPS, "word_weight": "1e-2", "word_share": "2e-1", "striped": "1e-1"}
+    config = make_config({**GIVEN, "stage": "towers", "world": world})
+    assert (config.world.word_weight, config.world.word_share) == (0.01, 0.2)
+    assert config.world.striped == 0.1
+    assert make_config({**GIVEN, "lora": {"dropout": "1e-2"}}).lora.dropout == 0.01
+    assert make_config({**GIVEN, "data": [{"file": "a", "weight": "5e-1"}]}).data[0].weight == 0.5
+
+
+def test_a_world_takes_nothing_of_how_a_stage_sees_and_hears_files():
+    for stage in ("video-finetune", "joint"):
+        config = make_config({**GIVEN, "stage": stage, "world": CLIPS, "image_aspect_ratio": None})
+        assert (config.image_aspect_ratio, config.va) == (None, False)
+
+
+def test_a_record_of_before_a_setting_came_is_complete_with_its_default():
+    world = {**CLIPS, "exam_steps": 5}
+    now = make_config(
+        {**GIVEN, "world": world, "lora": {"r": 8}, "train": ["language_model"]}
+    ).as_dict()
+    before = {key: value for key, value in now.items() if key != "muon_learning_rate"}
+    before["world"] = {"clips": 8, "exam_steps": 5, "painted": 0.0}
+    before["lora"] = {"r": 8}
+    assert complete_record(before) == now
+    # of no effect on clips of the world
+    assert complete_record({**now, "image_aspect_ratio": "pad", "va": True}) == now
+    files = make_config({**GIVEN, "data": FILES}).as_dict()
+    assert complete_record({**files, "data": FILES}) == files
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"world": {**CLIPS, "painted": 0.5}}, "painted 0.5, which this version does not know"),
+        ({"speed": 2}, "speed 2, which this version does not know"),
+        ({"world": 5}, "5, which is no table of settings"),
+    ],
+    ids=["below", "above", "other"],
+)
+def test_a_record_that_is_not_understood_is_refused(changes, line):
+    with pytest.raises(UsageError) as refused:
+        complete_record({**make_config(GIVEN).as_dict(), **changes})
+    assert str(refused.value) == line
 
 
 def test_an_adapter_has_the_scripts_numbers():
@@ -31,14 +85,16 @@ def test_of_a_world_only_its_size_has_to_be_given():
     assert make_config({**GIVEN, "world": {"clips": 8, "medium": "av"}}).world.medium == "av"
 
 
-def test_a_rate_of_muon_may_be_written_as_yaml_does_not_read_it():
-    assert make_config({**GIVEN, "muon_learning_rate": "1e-2"}).muon_learning_rate == 1e-2
-    assert make_config(GIVEN).muon_learning_rate is None
-
-
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
+        ({"muon_learning_rate": 0.01, "lora": True}, "not for the matrices of lora; give one"),
+        (
+            {"muon_learning_rate": 0.01, "projector_learning_rate": 1e-4},
+            "projector_learning_rate is of AdamW, and the projectors' matrices are",
+        ),
+        ({"world": CLIPS, "image_aspect_ratio": "pad"}, "image_aspect_ratio is for files; clips"),
+        ({"world": CLIPS, "va": False}, "va is for files; clips of world have their own"),
         ({"batches": 4}, "'batches' is no setting; did you mean 'batch'?"),
         ({"stage": "video_finetune"}, "did you mean 'video-finetune'?"),
         ({"output": None}, "no output is given"),

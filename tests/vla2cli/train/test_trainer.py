@@ -1,13 +1,16 @@
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from tests.vla2cli.train.students import COLLATOR, QUIET, Clips, configured, run, student_of
+from vla2cli.console import format_rate
 from vla2cli.errors import UsageError, Vla2Error
-from vla2cli.train.log import read_lines
+from vla2cli.train import log as log_module
+from vla2cli.train.log import RunLog, append_lines, read_lines, take_back
 from vla2cli.train.trainer import (
     find_checkpoint,
     group_parameters,
@@ -76,6 +79,61 @@ def test_the_rate_is_a_cosine_with_a_warm_up(tmp_path):
     rates = [line["learning_rate"] for line in read_lines(tmp_path / "out/log.jsonl")]
     wanted = [0.0, *(0.5 * (1 + math.cos(math.pi * step / 3)) for step in range(3))]
     torch.testing.assert_close(rates, wanted)
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [("joint", MUON), ("video-finetune", {"projector_learning_rate": 0.5})],
+    ids=["muon", "projector"],
+)
+def test_the_rate_that_is_logged_is_learning_rate_s(stage, settings, tmp_path):
+    settings = {"max_steps": 1, "learning_rate": 2e-3, **settings}
+    run(configured(tmp_path / "hub", tmp_path / "out", stage, **settings), tmp_path / "hub")
+    (line,) = read_lines(tmp_path / "out/log.jsonl")
+    assert line["learning_rate"] == 2e-3
+
+
+def test_lines_are_taken_back_whole_whatever_breaks_are_in_them(tmp_path):
+    path = tmp_path / "log.jsonl"
+    lines = [{"step": step, "id": "a\u2028b\x85c"} for step in (1, 2, 3)]
+    append_lines(path, lines)
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"step": 2, "i')  # as if killed
+    assert list(read_lines(path)) == lines
+    take_back(path, 2)
+    assert list(read_lines(path)) == lines[:2]
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_a_log_is_there_while_lines_are_taken_back(tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    append_lines(path, [{"step": 1}, {"step": 2}])
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(path), "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        take_back(path, 1)
+    assert list(read_lines(path)) == [{"step": 1}, {"step": 2}]
+
+
+def test_the_rate_of_samples_is_of_the_whole_run(tmp_path, monkeypatch):
+    noted = []
+    console = SimpleNamespace(note=noted.append)
+    log = RunLog(tmp_path, console)
+    append_lines(
+        tmp_path / "log.jsonl",
+        [{"step": 5, "tokens": 9, "samples": 50, "skipped": 0, "seconds": 10.0}],
+    )
+    now = iter([1000.0, 1010.0, 1010.0])
+    monkeypatch.setattr(log_module.time, "monotonic", lambda: next(now))
+    state = SimpleNamespace(global_step=5, max_steps=10, is_world_process_zero=True)
+    log.on_train_begin(None, state, None)
+    log.totals.add(9, 50, 0)
+    log.on_log(None, state, None, {"loss": 1.0, "learning_rate": 1.0})
+    # 100 samples in 20 s, of which 10 s before
+    assert format_rate(5.0) in noted[0]
 
 
 def test_an_accumulated_step_is_one_large_batch(tmp_path):

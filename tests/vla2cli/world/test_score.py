@@ -155,14 +155,15 @@ def test_command_ends_well_where_nothing_is_missing(tmp_path, capsys):
     [
         ("", "is empty; expected a question"),
         ("\n\n", "is empty; expected a question"),
-        ('{"path": "a', "line 1 is not JSON"),
-        ("[" * 100_000, "line 1 is not JSON"),
-        ('"a.mp4"', "line 1 is '\"a.mp4\"', expected a JSON object"),
-        ('{"path": "a", "question": "b", "answer": "c"}', "line 1 needs 'path', 'question'"),
-        ('{"question": "b", "answer": "c", "kind": "d"}', "line 1 needs 'path', 'question'"),
-        ('{"path": 1, "question": "b", "answer": "c", "kind": "d"}', "line 1 needs 'path'"),
-        ('{"id": "a", "question": "b", "answer": "c", "kind": "d"}', "line 1 needs 'path'"),
-        (json.dumps(MANIFEST[0]) + "\n{}", "line 2 needs 'path'"),
+        ('{"path": "a', 'line 1: \'{"path": "a\' is no JSON'),
+        ("[" * 100_000, "[' is no JSON"),
+        ('"a.mp4"', 'line 1: "a.mp4" is no object'),
+        ('{"path": "a", "question": "b", "answer": "c"}', "line 1: has no 'kind'"),
+        ('{"path": "a", "question": "b", "answer": 1, "kind": "d"}', "answer is 1, expected text"),
+        ('{"question": "b", "answer": "c", "kind": "d"}', "line 1: has no 'path'"),
+        ('{"path": 1, "question": "b", "answer": "c", "kind": "d"}', "line 1: path is 1"),
+        ('{"id": "a", "question": "b", "answer": "c", "kind": "d"}', "line 1: has no 'path'"),
+        (json.dumps(MANIFEST[0]) + "\n{}", "line 2: has no 'path'"),
     ],
 )
 def test_broken_manifest_is_refused_with_its_line(tmp_path, capsys, text, message):
@@ -170,7 +171,7 @@ def test_broken_manifest_is_refused_with_its_line(tmp_path, capsys, text, messag
     manifest.write_text(text)
     code, out, err = run(capsys, write(tmp_path / "l.jsonl", ANSWERS), manifest)
     assert (code, out) == (2, "")
-    assert f"'{manifest}' " in err
+    assert str(manifest) in err
     assert message in err
     assert err.count("\n") == 1
 
@@ -181,5 +182,13 @@ def test_files_that_cannot_be_read_are_named(tmp_path, manifest):
     with pytest.raises(UsageError, match=r"cannot read '.*gone\.jsonl'"):
         score(write(tmp_path / "l.jsonl", ANSWERS), tmp_path / "gone.jsonl")
     manifest.write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match="not UTF-8"):
+    with pytest.raises(UsageError, match=r"line 1: .* is no JSON"):
         score(write(tmp_path / "l.jsonl", ANSWERS), manifest)
+
+
+def test_line_breaks_within_texts_end_no_line(tmp_path):
+    entry = {**MANIFEST[0], "question": "Where\u2028is\x85it?"}
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text(json.dumps(entry, ensure_ascii=False) + "\n", encoding="utf-8")
+    answers = [record("a.mp4", entry["question"], entry["answer"])]
+    assert scored(tmp_path, manifest, answers) == {"scene": (1, 1, 0, 0)}
