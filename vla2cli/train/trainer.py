@@ -220,10 +220,10 @@ class VideoTrainer(Trainer):
     def _get_learning_rate(self) -> float:
         # what is logged; Muon's groups and the projectors' may come first
         if not self.is_deepspeed_enabled:
-            pairs = zip(self.lr_scheduler.get_last_lr(), self.optimizer.param_groups, strict=True)
-            for rate, group in pairs:
+            assert self.optimizer is not None, "nothing steps"
+            for group in self.optimizer.param_groups:
                 if group["initial_lr"] == self.args.learning_rate:
-                    return float(rate)
+                    return float(group["lr"])
         return float(super()._get_learning_rate())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from tests.vla2cli.train.students import configured, run, student_of
-from vla2cli.train.stages import freeze_all_but
+from vla2cli.train.stages import STAGES, TOWERS, freeze_all_but
 
 TRAINED = {  # VideoLLaMA 2, arXiv:2406.07476, sections 3.1.1, 3.1.2, 3.2.1, 3.2.2 and 3.3
+    "towers": {"vision_tower", "audio_tower"},  # before them
     "video-pretrain": {"mm_projector"},
     "video-finetune": {"mm_projector", "language_model"},
     "audio-pretrain": {"mm_projector_a"},
@@ -13,7 +14,12 @@ TRAINED = {  # VideoLLaMA 2, arXiv:2406.07476, sections 3.1.1, 3.1.2, 3.2.1, 3.2
 }
 
 
-@pytest.mark.parametrize("stage", TRAINED)
+def test_every_stage_names_its_parts():
+    assert {name: set(stage.trained) for name, stage in STAGES.items()} == TRAINED
+
+
+# that of the towers has a task of its own, see test_towers.py
+@pytest.mark.parametrize("stage", [stage for stage in TRAINED if stage != TOWERS])
 def test_one_step_changes_exactly_what_the_stage_trains(stage, tmp_path):
     config = configured(tmp_path / "hub", tmp_path / "out", stage, max_steps=1)
     before = student_of(config, tmp_path / "hub").network.model.state_dict()
@@ -22,7 +28,7 @@ def test_one_step_changes_exactly_what_the_stage_trains(stage, tmp_path):
     assert before.keys() == after.keys()
     changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
     # of the layers that a step reaches: the miniature's towers have none behind the selected one
-    # but in the vision tower, which no stage trains
+    # but in the vision tower, which none of these trains
     expected = {name for name in before if name.partition(".")[0] in TRAINED[stage]}
     assert changed == expected
 

@@ -1,10 +1,15 @@
 """What the labels of a crowd say is what its pixels show."""
 
+import colorsys
+
 import numpy as np
 import pytest
+from PIL import Image
 
+from vla2cli.world import crowd as crowd_module
 from vla2cli.world.clip import WorldClip
 from vla2cli.world.crowd import COLOUR_NAMES, KINDS, SCENE_NAMES, UNNAMED, draw_crowd
+from vla2cli.world.picture import draw_frame, draw_silhouette
 from vla2cli.world.vocabulary import COLOURS, OBJECTS, SHAPES
 
 SIDE, GRID = 112, 8
@@ -109,6 +114,49 @@ def test_of_striped_crowds_no_shape_s_form_and_colour_are_both_told(crowds):
             num_shapes += is_shape.sum()
     assert 0.5 < num_told / num_shapes < 0.7
     assert 0.15 < num_gray / len(crowds) < 0.35
+
+
+@pytest.fixture
+def striped(monkeypatch):
+    """The striped shapes of some crowds."""
+    found = []
+    draw = crowd_module.draw_frame
+
+    def watch(frame, placed):
+        found.extend(item for item in placed if item.stripes is not None)
+        return draw(frame, placed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(crowd_module, "draw_frame", watch)
+        for index in range(150):
+            draw_crowd(SEED, index, 32, 4, striped=0.9)
+    return found
+
+
+def test_neither_colour_of_stripes_is_most_of_a_shape(striped):
+    assert len(striped) > 100
+    for item in striped:
+        frame = draw_frame(Image.new("RGB", (SIDE, SIDE)), [item]).astype(int)
+        pixels = frame[draw_silhouette(item, SIDE) > 0.99]
+        apart = [
+            np.abs(pixels - colour).max(-1) for colour in (item.stripes.first, item.stripes.second)
+        ]
+        share = (apart[0] < apart[1]).mean()
+        assert 0.25 < share < 0.75, item
+
+
+def test_the_colours_of_stripes_follow_from_no_shape(striped):
+    hues = {name: [] for name in SHAPES}
+    for item in striped:
+        for colour in (item.stripes.first, item.stripes.second):
+            hues[item.thing.name].append(colorsys.rgb_to_hsv(*colour)[0])
+    for name, of_shape in hues.items():
+        # all around the circle: a sixth of it, as wide as a named colour, is never empty
+        counts, _ = np.histogram(of_shape, bins=6, range=(0, 1))
+        assert counts.min() > 0, name
+        # the mean direction of even hues is 1 / sqrt(n) long
+        length = abs(np.exp(2j * np.pi * np.array(of_shape)).mean())
+        assert length < 3 / len(of_shape) ** 0.5, name
 
 
 def test_a_crowd_follows_from_its_seed_and_number():
