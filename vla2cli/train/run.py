@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vla2_models.checkpoint import Checkpoint
 from vla2_models.config import CheckpointConfig
@@ -63,7 +63,21 @@ class Student:
             for name, tensor in trained.state.items()
             if name.startswith(prefix)
         }
+        state |= self._frozen(prefix)
         save_trained(self.config, self.checkpoint, state, _saved_dtype(self.config), self.targets)
+
+    def _frozen(self, prefix: str) -> dict[str, Tensor]:
+        """Read what was not trained as it was: it may have been held in half its precision."""
+        if self.config.quantize is not None:
+            return {}
+        stored = load_model(self.checkpoint, dtype=None).state_dict()
+        frozen = {
+            name.removeprefix(prefix)
+            for name, parameter in self.network.named_parameters()
+            if name.startswith(prefix) and not parameter.requires_grad
+        }
+        # below an adapter a layer is called otherwise
+        return {name: stored[name.replace(".base_layer.", ".")] for name in frozen}
 
 
 def train(

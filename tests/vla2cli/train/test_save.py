@@ -201,3 +201,15 @@ def test_a_save_takes_the_place_of_one_that_was_killed_before_its_last_file(tmp_
     expected = logits_of(student.network.model)
     assert torch.equal(logits_of(loaded(folder, tmp_path / "hub")), expected)
     assert not list(folder.glob(f"{UNFINISHED}*"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora": LORA, "save": "full"}], ids=["joint", "LoRA"])
+def test_what_is_frozen_is_saved_as_it_was_though_held_in_bfloat16(settings, tmp_path):
+    settings = {"precision": "bfloat16", "save_dtype": "float32", **settings}
+    folder, student = trained_folder(tmp_path, "joint", **settings)
+    assert student.network.model.vision_tower.post_layernorm.weight.dtype == torch.bfloat16
+    before = load_model(student.checkpoint).state_dict()
+    after = load_model(open_checkpoint(str(folder), Source(tmp_path / "hub"))).state_dict()
+    frozen = [name for name in before if name.startswith(("vision_tower.", "audio_tower."))]
+    assert all(torch.equal(after[name], before[name]) for name in frozen)
+    assert any(not torch.equal(before[n], before[n].bfloat16().float()) for n in frozen)
