@@ -9,9 +9,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test lint gpu-check train-builtin clean
 
 demo: $(READY)
-	$(BIN)/python -m vla2_models.miniature .demo/hub
-	$(BIN)/vla2 caption examples/ --hub-dir .demo/hub --model vla2/miniature-7B-AV \
-		--max-new-tokens 24 --output .demo/captions.jsonl --force
+	$(BIN)/vla2 caption examples/ --modality av --output .demo/captions.jsonl --force
 	$(BIN)/python examples/show.py .demo/captions.jsonl
 
 test: $(READY) lint

@@ -66,8 +66,8 @@ def vla2(
 
 @app.command(
     epilog=opt.epilog(
-        f"vla2 caption examples/01.mp4 {opt.DEMO}",
-        f"vla2 caption examples/ {opt.DEMO} -o .demo/captions.jsonl",
+        "vla2 caption examples/01.mp4",
+        "vla2 caption examples/ -o .demo/captions.jsonl",
     )
 )
 def caption(
@@ -131,8 +131,8 @@ def caption(
 
 @app.command(
     epilog=opt.epilog(
-        f'vla2 ask examples/01.mp4 "What moves?" {opt.DEMO}',
-        f'vla2 ask examples/01.mp4 "What moves?" --then "Which way?" {opt.DEMO}',
+        'vla2 ask examples/01.mp4 "What moves?"',
+        'vla2 ask examples/01.mp4 "What moves?" --then "Which way?"',
     )
 )
 def ask(
@@ -228,8 +228,8 @@ def ask(
 
 @app.command(
     epilog=opt.epilog(
-        f"vla2 features examples/01.mp4 -o .demo/features {opt.DEMO}",
-        f"vla2 features examples/ --tensors projector_tokens -o .demo/tokens {opt.DEMO}",
+        "vla2 features examples/01.mp4 -o .demo/features",
+        "vla2 features examples/ --tensors projector_tokens -o .demo/tokens",
     )
 )
 def features(

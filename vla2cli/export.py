@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from vla2cli.frontend.store import Entry
 
 EXAMPLES = opt.epilog(
-    f"vla2 export {opt.DEMO_MODEL} {opt.DEMO_HUB}",
-    f"vla2 export {opt.DEMO_MODEL} --precision int8 {opt.DEMO_HUB}",
+    "vla2 export builtin",
+    "vla2 export builtin --precision int8",
 )
 
 

@@ -14,7 +14,7 @@ from vla2cli.console import Console, count, format_size, print_data, print_text
 from vla2cli.run import note_reading, open_source
 from vla2cli.stop import cleaning_up
 
-EXAMPLES = opt.epilog(f"vla2 models {opt.DEMO_HUB}", f"vla2 models {opt.DEMO_MODEL} {opt.DEMO_HUB}")
+EXAMPLES = opt.epilog("vla2 models", "vla2 models builtin")
 
 
 class _ShowByDefault(TyperGroup):
@@ -71,8 +71,8 @@ def show(
 
 @models_app.command(
     epilog=opt.epilog(
-        f"vla2 models convert {opt.DEMO_MODEL} -o .demo/copy {opt.DEMO_HUB}",
-        f"vla2 models convert {opt.DEMO_MODEL} -o .demo/half --dtype float16 {opt.DEMO_HUB}",
+        "vla2 models convert builtin -o .demo/copy",
+        "vla2 models convert builtin -o .demo/half --dtype float16",
     )
 )
 def convert(

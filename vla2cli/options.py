@@ -18,11 +18,6 @@ from vla2cli.config import GenerationChoice, read_config_file
 from vla2cli.errors import UsageError
 from vla2cli.plan import Sampling
 
-# where `make demo` puts the model that the help's examples use
-DEMO_HUB = "--hub-dir .demo/hub"
-DEMO_MODEL = "vla2/miniature-7B"
-DEMO = f"{DEMO_HUB} -m {DEMO_MODEL}"
-
 
 def epilog(*examples: str) -> str:
     """Write the examples that end a command's help."""

@@ -27,8 +27,8 @@ DEFAULT_LAYERS = 1  # of a --spec: 7 billion parameters take 29 GB in float32
 
 EXAMPLES = (
     "\b\nExamples (the first two after make demo):\n"
-    f"  vla2 bench {opt.DEMO_MODEL} {opt.DEMO_HUB} --stages read,tower,connector\n"
-    f"  vla2 bench {opt.DEMO_MODEL} {opt.DEMO_HUB} --json > .demo/bench.jsonl\n"
+    "  vla2 bench builtin --stages read,tower,connector\n"
+    "  vla2 bench builtin --json > .demo/bench.jsonl\n"
     "  vla2 bench --spec VideoLLaMA2-7B --dtype float32 --dtype bfloat16 --plot bench.png\n"
     "  vla2 bench --compare before.jsonl after.jsonl"
 )
