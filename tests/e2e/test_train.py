@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from vla2_models.miniature import MODEL_ID, write_miniature
+from vla2cli import features
+from vla2cli.engine import Engine
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = REPOSITORY / "examples"
@@ -86,6 +88,14 @@ def weights_of(folder):
     return load_file(folder / "model.safetensors")
 
 
+def first_logits(engine, folder):
+    """What a model in memory says first of the first example."""
+    asking = {"tensors": "first_logits", "question": "What moves?"}
+    (_,) = features(EXAMPLES / "01.mp4", engine, folder, **asking)
+    (path,) = folder.glob("*.safetensors")
+    return load_file(path)["first_logits"]
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes_and_answers(training, tmp_path, hub):
     settings = {"max_steps": 6, "save_steps": 2}
     finish(training("whole", **settings))
@@ -114,6 +124,24 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_answers(training, tmp_path, 
     )
     (record,) = map(json.loads, asked.stdout.splitlines())
     assert record["text"]
+    finish(
+        [
+            *(sys.executable, "-m", "vla2cli", "features", str(EXAMPLES / "01.mp4")),
+            *("--tensors", "first_logits", "--question", "What moves?"),
+            *("--model", str(tmp_path / "killed"), "--hub-dir", str(hub), "--dtype", "float32"),
+            *("-o", str(tmp_path / "saved")),
+        ]
+    )
+    engine = Engine.load(MODEL_ID, hub_dir=hub, device="cpu", dtype="float32")
+    untrained = first_logits(engine, tmp_path / "untrained")
+    # what the run itself held at its end
+    trained = load_file(tmp_path / "killed/checkpoint-6/model.safetensors")
+    state = {name.removeprefix("model."): weight for name, weight in trained.items()}
+    assert engine.model.load_state_dict(state, strict=False, assign=True).unexpected_keys == []
+    expected = first_logits(engine, tmp_path / "trained")
+    (saved,) = (tmp_path / "saved").glob("*.safetensors")
+    torch.testing.assert_close(load_file(saved)["first_logits"], expected, rtol=1e-4, atol=1e-4)
+    assert (expected - untrained).abs().max() > 0.01
 
 
 def test_two_processes_have_the_loss_of_one(training, tmp_path):

@@ -75,7 +75,7 @@ def test_a_record_of_an_earlier_version_is_gone_on_with_and_an_odd_one_refused(t
     assert typed()[0] == 0
     for text in (json.dumps({**record, "speed": 2}), "{"):
         path.write_text(text)
-        code, _, err = typed()
+        code, _, err = typed(flags=["-q"])
         assert code in (1, 2)
         assert err.count("\n") == 1
         assert "train.json" in err or "was begun with speed 2" in err
