@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from vla2_models.miniature import MODEL_ID, write_miniature
-from vla2cli import features
+from vla2cli.api import features
 from vla2cli.engine import Engine
 
 REPOSITORY = Path(__file__).parents[2]
