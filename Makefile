@@ -9,6 +9,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test lint gpu-check train-builtin clean
 
 demo: $(READY)
+	mkdir -p .demo
 	$(BIN)/vla2 caption examples/ --modality av --output .demo/captions.jsonl --force
 	$(BIN)/python examples/show.py .demo/captions.jsonl
 
