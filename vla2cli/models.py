@@ -14,7 +14,7 @@ from vla2cli.console import Console, count, format_size, print_data, print_text
 from vla2cli.run import note_reading, open_source
 from vla2cli.stop import cleaning_up
 
-EXAMPLES = opt.epilog("vla2 models", "vla2 models builtin")
+EXAMPLES = opt.epilog("vla2 models show", "vla2 models builtin")
 
 
 class _ShowByDefault(TyperGroup):

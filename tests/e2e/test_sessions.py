@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.e2e.conftest import EXAMPLES, together
-from vla2_models.hub import has_builtin
-from vla2_models.miniature import MODEL_ID, TOWER_ID
+from vla2_models.builtin_design import TOWER_FOLDER
+from vla2_models.hub import BUILTIN, has_builtin
+from vla2_models.miniature import MODEL_ID
 from vla2cli import Engine
 from vla2cli.config import GenerationChoice
 from vla2cli.engines.eager import generate
@@ -442,8 +443,8 @@ def test_examples_in_help_work_as_typed(vla2, helps, place):
             assert (done.stdout == "") is (" -o " in line or later), line
             if line.startswith("vla2 models"):
                 facts = {found["id"]: found for found in done.records}
-                assert facts[MODEL_ID]["usable"] is True
-                assert facts[MODEL_ID]["tower"] == TOWER_ID
+                assert facts[BUILTIN]["usable"] is True
+                assert facts[BUILTIN]["tower"] == f"./{TOWER_FOLDER}"
 
 
 def test_version_says_more_with_verbose(vla2):

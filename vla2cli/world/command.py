@@ -36,7 +36,6 @@ _MAX_NAMED = 10  # of what is missing, without --verbose
 _EXAMPLES = (
     "\b\nExamples:\n"
     "  vla2 world -o .demo/heldout --count 12 --seed 7 --split heldout\n"
-    "  vla2 world -o .demo/train --count 24 --workers 2\n"
     "  vla2 world -o .demo/unheard --count 12 --seed 7 --split heldout --mute"
 )
 _SCORE_EXAMPLES = (
