@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vla2_models.checkpoint import open_checkpoint
+from vla2_models.hub import Source
 from vla2_models.miniature import MODEL_ID, write_miniature
 from vla2cli.api import features
 from vla2cli.engine import Engine
@@ -132,8 +134,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_answers(training, tmp_path, 
             *("-o", str(tmp_path / "saved")),
         ]
     )
-    engine = Engine.load(MODEL_ID, hub_dir=hub, device="cpu", dtype="float32")
-    untrained = first_logits(engine, tmp_path / "untrained")
+    # weights are packed at their first use: an engine for each
+    checkpoint = open_checkpoint(MODEL_ID, Source(hub))
+    engine, begun = (Engine(checkpoint, device="cpu", dtype="float32") for _ in range(2))
+    untrained = first_logits(begun, tmp_path / "untrained")
     # what the run itself held at its end
     trained = load_file(tmp_path / "killed/checkpoint-6/model.safetensors")
     state = {name.removeprefix("model."): weight for name, weight in trained.items()}
