@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import builtin_design
 from .beats_design import BEATsDesign
 from .config import DEMO_KEY, read_audio, read_config
 from .files import write_json
@@ -39,18 +40,9 @@ TOWER = {
     "layer_norm_eps": 1e-5,
 }
 PREPROCESSOR = {
-    "image_processor_type": "CLIPImageProcessor",
-    "do_resize": True,
-    "size": {"shortest_edge": 56},
-    "resample": 3,
-    "do_center_crop": True,
-    "crop_size": {"height": 56, "width": 56},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "do_convert_rgb": True,
+    **builtin_design.PREPROCESSOR,
+    "size": {"shortest_edge": TOWER["image_size"]},
+    "crop_size": {"height": TOWER["image_size"], "width": TOWER["image_size"]},
 }
 MODEL = {
     "model_type": "videollama2_mistral",
