@@ -54,6 +54,12 @@ class LedgerBusyError(LedgerError):
     exit_code = 5
 
 
+class RunBusyError(Vla2Error):
+    """Another process trains in this run's folder."""
+
+    exit_code = 5
+
+
 class InputError(Vla2Error):
     """One file cannot be used; in a batch it costs one error record.
 

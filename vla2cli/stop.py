@@ -30,6 +30,7 @@ class Stop:
 
     def __enter__(self) -> Stop:
         """Take over the signals."""
+        self._pid = os.getpid()
         self.before = {s: signal.signal(s, self._take) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -43,6 +44,8 @@ class Stop:
         return self.signum is not None
 
     def _take(self, signum: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:  # a fork of this process, which ends it when its time comes
+            return
         if self.is_running and self.signum is None:
             self.signum = signum
             if not self.console.quiet:

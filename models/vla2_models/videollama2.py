@@ -112,12 +112,16 @@ class VideoLLaMA2(nn.Module):
         features: Tensor = hidden_states[:, 1:] if has_class_token else hidden_states
         return features
 
-    def repeat_image(self, features: Tensor) -> Tensor:
+    def repeat_image(self, features: Tensor, num_frames: int | None = None) -> Tensor:
         """Let the (1, N, C) features of an image stand for all the frames of a video.
 
         The reference runs the tower on as many copies of the image; the values are the same.
+
+        Args:
+            features: of the image.
+            num_frames: of a video; None: the checkpoint's.
         """
-        return features.expand(self.config.num_frames, -1, -1)
+        return features.expand(num_frames or self.config.num_frames, -1, -1)
 
     def project(self, features: Tensor) -> Tensor:
         """Run the connector on (B, T, N, C) features.

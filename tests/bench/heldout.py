@@ -181,8 +181,8 @@ def read_weights_hash(place: Path) -> str:
 
 
 def read_lines(path: Path) -> Iterator[Entry]:
-    """Read JSON Lines."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """Read JSON Lines; a string in them may hold other line breaks as they are."""
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
         yield json.loads(line)
 
 

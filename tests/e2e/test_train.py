@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from vla2_models.checkpoint import open_checkpoint
 from vla2_models.hub import Source
 from vla2_models.miniature import MODEL_ID, write_miniature
-from vla2cli.api import features
+from vla2cli.api import ask, features
+from vla2cli.config import GenerationChoice
 from vla2cli.engine import Engine
 
 REPOSITORY = Path(__file__).parents[2]
@@ -99,14 +100,14 @@ def first_logits(engine, folder):
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes_and_answers(training, tmp_path, hub):
-    settings = {"max_steps": 6, "save_steps": 2}
+    settings = {"max_steps": 6, "save_steps": 1}
     finish(training("whole", **settings))
     killed = subprocess.Popen(
         training("killed", **settings), env=variables(), stderr=subprocess.DEVNULL
     )
-    checkpoint = tmp_path / "killed/checkpoint-2/complete"
+    in_midst = tmp_path / "killed/checkpoint-3/complete"  # of the second epoch
     ends = time.monotonic() + LIMIT_S
-    while not checkpoint.exists():
+    while not in_midst.exists():
         assert killed.poll() is None, "it ended by itself"
         assert time.monotonic() < ends, "no checkpoint in time"
         time.sleep(0.002)
@@ -121,11 +122,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_answers(training, tmp_path, 
         [
             *(sys.executable, "-m", "vla2cli", "ask", str(EXAMPLES / "01.mp4"), "What moves?"),
             *("--model", str(tmp_path / "killed"), "--hub-dir", str(hub), "--json"),
-            *("--max-new-tokens", "4"),
+            *("--max-new-tokens", "4", "--dtype", "float32"),
         ]
     )
     (record,) = map(json.loads, asked.stdout.splitlines())
-    assert record["text"]
     finish(
         [
             *(sys.executable, "-m", "vla2cli", "features", str(EXAMPLES / "01.mp4")),
@@ -146,6 +146,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_answers(training, tmp_path, 
     (saved,) = (tmp_path / "saved").glob("*.safetensors")
     torch.testing.assert_close(load_file(saved)["first_logits"], expected, rtol=1e-4, atol=1e-4)
     assert (expected - untrained).abs().max() > 0.01
+    generation = GenerationChoice(max_new_tokens=4)
+    (asked_in_memory,) = ask(EXAMPLES / "01.mp4", "What moves?", engine, generation=generation)
+    assert record["text"] == asked_in_memory["text"]
 
 
 def test_two_processes_have_the_loss_of_one(training, tmp_path):

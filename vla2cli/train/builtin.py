@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -34,15 +35,29 @@ LOGS = BUILTIN_FOLDER / "logs"
 def main() -> None:
     """Run what is left of the recipe, and put its end in the place of the built-in model."""
     untrained = WORK / "0-untrained"
-    if not (untrained / "model.safetensors").exists():
-        write_untrained(untrained, list(_texts()), seed=0)
+    if not untrained.exists():
+        aside = WORK / "untrained"
+        shutil.rmtree(aside, ignore_errors=True)
+        write_untrained(aside, list(_texts()), seed=0)
+        aside.rename(untrained)
     stages = sorted(RECIPE.glob("*.yaml"))
     for stage in stages:
-        subprocess.run([sys.executable, "-m", "vla2cli", "train", str(stage)], check=True)
+        run_stage(stage)
     publish(WORK / stages[-1].stem)
-    LOGS.mkdir(exist_ok=True)
+    shutil.rmtree(LOGS, ignore_errors=True)  # of other weights
+    LOGS.mkdir()
     for stage in stages:
         keep_log(WORK / stage.stem)
+
+
+def run_stage(stage: Path) -> None:
+    """Run one stage; where it does not come to its end, neither does this process."""
+    process = subprocess.Popen([sys.executable, "-m", "vla2cli", "train", str(stage)])
+    while process.poll() is None:
+        with suppress(KeyboardInterrupt):  # the stage was told too, and ends behind a checkpoint
+            process.wait()
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 def keep_log(run: Path) -> None:

@@ -31,8 +31,12 @@ MEDIA = ("av", "video", "audio")
 ASPECT_RATIOS = (None, "pad")
 # in the place of a stage's settings of how files are seen and heard
 MEDIA_OF_WORLD: Mapping[str, Any] = {"image_aspect_ratio": None, "va": False}
-# what of a run may change when it goes on: none of it changes the weights by more than rounding
-FREE_KEYS = ("log_steps", "save_steps", "workers", "per_device_batch", "gradient_checkpointing")
+# what of a run may change when it goes on: none of it changes what answers teach by more than
+# rounding; losses beside the answers' are means over what is computed at once
+FREE_KEYS = (
+    *("output", "log_steps", "save_steps", "workers"),
+    *("per_device_batch", "gradient_checkpointing"),
+)
 
 
 @dataclass(frozen=True)
@@ -317,6 +321,13 @@ def _check_world(config: TrainConfig) -> None:
         raise UsageError(f"world.striped is for stage {TOWERS}; leave it out")
     if config.stage == TOWERS and world.exam_steps is not None:
         raise UsageError(f"world.exam_steps: stage {TOWERS} answers no questions; leave it out")
+    if config.stage == TOWERS and config.train != STAGES[TOWERS].trained:
+        raise UsageError(f"stage {TOWERS} trains both towers and nothing else; leave train out")
+    if world.exam_steps is not None and (config.fsdp is not None or config.deepspeed is not None):
+        raise UsageError(
+            "world.exam_steps: one process asks a whole network, which fsdp and deepspeed cut; "
+            "leave it out"
+        )
 
 
 def _set(content: dict[str, Any], override: str) -> None:
@@ -414,6 +425,7 @@ _FILE_OR_TABLE: Kind = (
 
 KINDS: Mapping[str, Kind] = {
     "model": _TEXT,
+    "stage": _TEXT,
     "output": _TEXT,
     "train": (_is_parts, f"a list of {', '.join(PARTS)}"),
     "form": _one_of(*FORMS),

@@ -24,7 +24,7 @@ from vla2cli.train.world import WorldReader, WorldSamples
 from vla2cli.world.facts import SPLITS
 
 EXAM = "exam.jsonl"  # in the run's folder: step, split, kind, num, right
-SEED = 2**20  # of the clips; none to train on has it
+EXAM_SEED = 2**20  # of the clips; refused for those to train on
 NUM_CLIPS = 96  # of each split
 BATCH = 16
 _ALL_QUESTIONS = 100  # more than any clip answers
@@ -104,7 +104,7 @@ class Exam(TrainerCallback):
 def _draw(reader: WorldReader, split: str, medium: str) -> list[Sample]:
     clips = WorldSamples(
         reader,
-        SEED,
+        EXAM_SEED,
         NUM_CLIPS,
         num_questions=_ALL_QUESTIONS,
         split=split,

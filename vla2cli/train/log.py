@@ -120,7 +120,7 @@ class RunLog(TrainerCallback):
         if not math.isfinite(line["loss"]):
             raise Vla2Error(
                 f"the loss is {line['loss']} at step {state.global_step}; take a smaller "
-                "learning_rate, or float32, and go on from the last checkpoint"
+                "learning_rate, or float32, in a new folder"
             )
         append_lines(self.folder / LOG, [line])
         self._note(line, state.max_steps)

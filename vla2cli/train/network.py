@@ -30,14 +30,15 @@ class TrainedNetwork(nn.Module):
 
     Args:
         model: the networks; their `requires_grad` says what is trained.
+        num_frames: that an image is repeated to; None: the checkpoint's.
     """
 
     # transformers' Trainer counts the learned tokens of all micro-batches and passes the number
     accepts_loss_kwargs = True
 
-    def __init__(self, model: VideoLLaMA2) -> None:
+    def __init__(self, model: VideoLLaMA2, num_frames: int | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.num_frames = model, num_frames
 
     @property
     def _decoder(self) -> nn.Module:
@@ -182,8 +183,9 @@ class TrainedNetwork(nn.Module):
             features = torch.split(model.encode_frames(frames), [len(clip) for clip in clips])
             by_length: dict[int, dict[int, Tensor]] = {}
             for medium, of_clip in zip(media, features, strict=True):
-                of_video = model.repeat_image(of_clip) if medium.is_image else of_clip
-                by_length.setdefault(len(of_video), {})[id(medium)] = of_video
+                if medium.is_image:
+                    of_clip = model.repeat_image(of_clip, self.num_frames)
+                by_length.setdefault(len(of_clip), {})[id(medium)] = of_clip
         tokens: dict[int, Tensor] = {}
         for clips_of_length in by_length.values():
             projected = model.project(torch.stack(list(clips_of_length.values())))

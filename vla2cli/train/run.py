@@ -24,8 +24,9 @@ from vla2cli.engine import DTYPES
 from vla2cli.errors import UsageError
 from vla2cli.layout import Layout
 from vla2cli.train.config import FREE_KEYS, TrainConfig, complete_record
-from vla2cli.train.exam import Exam
+from vla2cli.train.exam import EXAM_SEED, Exam
 from vla2cli.train.lesson import Lesson, open_lesson
+from vla2cli.train.lock import hold_folder
 from vla2cli.train.lora import add_adapter, find_targets
 from vla2cli.train.network import TrainedNetwork
 from vla2cli.train.save import check_form, form_of, save_trained
@@ -91,9 +92,17 @@ def train(
 
     Raises:
         UsageError: the configuration does not fit the model, the data, or the run in its folder.
+        RunBusyError: another process trains in the folder.
         CheckpointError: the model cannot be read, or the folder not be written.
     """
     check_record(config)
+    with hold_folder(Path(config.output)):
+        return _train(config, source, console, should_stop)
+
+
+def _train(
+    config: TrainConfig, source: Source, console: Console, should_stop: Callable[[], bool]
+) -> Trained:
     # one of several processes writes what all of them read
     with make_arguments(config).main_process_first(local=False):
         checkpoint = open_start(config, source)
@@ -121,6 +130,8 @@ def _exams(config: TrainConfig, student: Student, lesson: Lesson) -> list[Exam]:
     if world is None or world.exam_steps is None or lesson.reader is None:
         return []
     assert isinstance(network, TrainedNetwork), "exams are about answers"
+    if world.seed == EXAM_SEED:
+        raise UsageError(f"world.seed is {world.seed}, that of the exams' clips; give another")
     return [
         Exam(
             Path(config.output),
@@ -150,7 +161,8 @@ def make_student(config: TrainConfig, checkpoint: Checkpoint) -> Student:
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # of the heads that the towers' stage begins with
-        network = TowerTask(model) if config.stage == TOWERS else TrainedNetwork(model)
+        is_towers = config.stage == TOWERS
+        network = TowerTask(model) if is_towers else TrainedNetwork(model, config.num_frames)
     if config.gradient_checkpointing and isinstance(network, TrainedNetwork):
         network.enable_checkpointing()
     return Student(config, checkpoint, network, targets)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import warnings
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -100,8 +102,10 @@ def run_training(
     folder = Path(config.output)
     arguments = make_arguments(config)
     checkpoint = find_checkpoint(folder)
-    if checkpoint is not None:
+    if checkpoint is not None and config.fsdp is None and config.deepspeed is None:
         check_checkpoint(checkpoint, network)
+    # each epoch starts workers, and importing takes seconds
+    multiprocessing.set_forkserver_preload([__name__, type(dataset).__module__])
     log = RunLog(folder, console, should_stop)
     trainer = VideoTrainer(
         log,
@@ -295,7 +299,7 @@ def make_arguments(config: TrainConfig) -> TrainingArguments:
             f"batch is {config.batch}, no multiple of per_device_batch {config.per_device_batch} "
             f"on {world_size} processes"
         )
-    has_cuda = torch.cuda.is_available()
+    has_cuda, has_peers = torch.cuda.is_available(), world_size > 1
     arguments = TrainingArguments(
         output_dir=config.output,
         per_device_train_batch_size=config.per_device_batch,
@@ -320,6 +324,8 @@ def make_arguments(config: TrainConfig) -> TrainingArguments:
         train_sampling_strategy="sequential",
         dataloader_num_workers=config.workers,
         dataloader_pin_memory=has_cuda,
+        # gloo and NCCL have threads, which do not survive a fork
+        dataloader_multiprocessing_context="forkserver" if has_peers and config.workers else None,
         # the network runs what a batch leaves unused on blanks
         ddp_find_unused_parameters=False,
         **_sharding(config),
@@ -417,15 +423,13 @@ def read_progress(checkpoint: Path) -> tuple[int, int]:
 
 
 def check_checkpoint(checkpoint: Path, network: nn.Module) -> None:
-    """Refuse the checkpoint of another network, as far as its weights are in one file.
+    """Refuse the checkpoint of another network.
 
     Raises:
         UsageError: naming the first parameter that one of them lacks.
     """
-    path = checkpoint / WEIGHTS
-    if not path.exists():
-        return
-    found, wanted = load_file(path).keys(), dict(named_trained(network)).keys()
-    for name in sorted(found ^ wanted):
+    with safe_open(checkpoint / WEIGHTS, "pt") as file:
+        found = set(file.keys())
+    for name in sorted(found ^ dict(named_trained(network)).keys()):
         other = "does not train" if name in found else "trains, and the checkpoint has not"
         raise UsageError(f"'{checkpoint}' is of another run: '{name}' is what this one {other}")

@@ -34,7 +34,8 @@ from vla2cli.world.words import Question, caption
 DATA = "data.json"
 MANIFEST = "manifest.jsonl"
 CHOICE = "choice"  # the kind of a question that is asked by the log-probability of its choices
-_OURS = re.compile(rf"\d{{5,}}\.mp4|{re.escape(DATA)}|{re.escape(MANIFEST)}")
+MARK = ".vla2-world"  # in a folder of ours, from before its first clip on
+_OURS = re.compile("|".join([r"\d{5,}\.mp4", *map(re.escape, (DATA, MANIFEST, MARK))]))
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,17 @@ def _prepared(folder: Path, *, force: bool) -> Iterator[None]:
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if force:
+        if force and (folder / MARK).exists():
             _remove_ours(folder)
-        elif any(folder.iterdir()):
+        elif force and (other := _find_like_ours(folder)):
+            raise UsageError(
+                f"'{folder}' has a '{other}' that was not written by vla2 world; give a new folder"
+            )
+        elif not force and any(folder.iterdir()):
             raise UsageError(
                 f"'{folder}' is not empty; give a new folder, or --force to replace the clips in it"
             )
+        (folder / MARK).touch()
     except OSError as error:
         raise UsageError(f"'{folder}' cannot be written: {why(error)}") from error
     try:
@@ -160,6 +166,12 @@ def _prepared(folder: Path, *, force: bool) -> Iterator[None]:
             with suppress(OSError):  # what went wrong first is what counts
                 folder.rmdir()
         raise
+
+
+def _find_like_ours(folder: Path) -> str | None:
+    """Name a file that would be replaced or taken for a clip."""
+    names = (path.name for path in folder.iterdir())
+    return min(filter(_OURS.fullmatch, names), default=None)
 
 
 def _remove_ours(folder: Path) -> None:

@@ -14,7 +14,7 @@ from vla2cli.engine import Ask, MediaTokens
 from vla2cli.train import exam as exam_module
 from vla2cli.train.collate import Collator
 from vla2cli.train.conversation import IGNORED, Row
-from vla2cli.train.exam import EXAM, SEED, Exam
+from vla2cli.train.exam import EXAM, EXAM_SEED, Exam
 from vla2cli.train.log import read_lines
 from vla2cli.train.media import Media
 from vla2cli.train.network import TrainedNetwork
@@ -116,7 +116,7 @@ def test_right_answers_are_counted_by_the_kind_of_question(network, exam_of):
 def test_an_exam_wants_the_answer_and_not_the_question_in_whatever_form_is_learned(exam_of):
     decode = tiny_av_engine().tokenizer.decode
     for split, (sample,) in exam_of(1).papers.items():
-        questions = WorldClip(SEED, 0, split).questions("video")
+        questions = WorldClip(EXAM_SEED, 0, split).questions("video")
         wanted = [decode([i for i in row.labels if i != IGNORED]).strip() for row in sample.rows]
         assert sorted(wanted) == sorted(question.answer for question in questions)
 
@@ -138,7 +138,7 @@ def test_an_exam_is_written_once_for_each_step_however_a_run_ends(tmp_path, monk
     lines = list(read_lines(tmp_path / "whole" / EXAM))
     assert sorted({line["step"] for line in lines}) == [2, 4, 5]
     for split in ("train", "heldout"):
-        clips = [WorldClip(SEED, index, split) for index in range(3)]
+        clips = [WorldClip(EXAM_SEED, index, split) for index in range(3)]
         asked = Counter(q.kind for clip in clips for q in clip.questions("video"))
         for step in (2, 4, 5):
             found = {

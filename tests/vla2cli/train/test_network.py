@@ -220,6 +220,16 @@ def test_a_medium_of_several_rows_is_encoded_once():
     assert seen == [9]
 
 
+@pytest.mark.parametrize("num_frames", [None, 4])
+def test_an_image_is_as_many_frames_as_a_video_of_the_run(num_frames):
+    network = TrainedNetwork(tiny_network().model, num_frames)
+    frames = torch.randn(1, 3, 56, 56)
+    video = frames.expand(num_frames or network.model.config.num_frames, -1, -1, -1)
+    with torch.no_grad():
+        of_image, of_video = network.encode([Media(frames, is_image=True), Media(video)])
+    torch.testing.assert_close(of_image, of_video)
+
+
 def test_frozen_towers_keep_no_graph_and_get_no_gradient():
     network = tiny_network()
     network.model.requires_grad_(False)

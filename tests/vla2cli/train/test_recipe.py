@@ -11,7 +11,7 @@ from vla2cli.engine import Ask, Engine, MediaTokens
 from vla2cli.train import exam as exam_module
 from vla2cli.train.builtin import RECIPE, WORK
 from vla2cli.train.config import read_config
-from vla2cli.train.exam import EXAM, SEED
+from vla2cli.train.exam import EXAM, EXAM_SEED
 from vla2cli.train.log import read_lines
 from vla2cli.train.run import train
 from vla2cli.train.stages import STAGES
@@ -50,7 +50,7 @@ def test_each_stage_begins_from_the_folder_of_the_one_before():
 
 def test_no_stage_learns_from_clips_of_another_or_of_an_exam():
     seeds = [read_config(path).world.seed for path in FILES]
-    assert len({*seeds, SEED}) == len(FILES) + 1
+    assert len({*seeds, EXAM_SEED}) == len(FILES) + 1
 
 
 def test_what_a_stage_hears_or_sees_is_what_it_trains():

@@ -130,6 +130,15 @@ def test_of_a_world_only_its_size_has_to_be_given():
             {"stage": "towers", "world": {**CLIPS, "exam_steps": 5}},
             "stage towers answers no questions; leave it out",
         ),
+        (
+            {"stage": "towers", "world": CLIPS, "train": ["mm_projector"]},
+            "stage towers trains both towers and nothing else; leave train out",
+        ),
+        (
+            {"world": {**CLIPS, "exam_steps": 5}, "fsdp": {}},
+            "one process asks a whole network, which fsdp and deepspeed cut",
+        ),
+        ({"stage": ["joint"]}, 'stage is ["joint"], expected a text'),
         ({"muon_learning_rate": 0}, "muon_learning_rate is 0, expected a number above 0"),
         ({"muon_learning_rate": 0.01, "fsdp": {}}, "which fsdp and deepspeed cut; leave it out"),
         ({"save_dtype": "half"}, "expected one of auto, float32, float16, bfloat16"),

@@ -15,7 +15,7 @@ from vla2cli.errors import UsageError, Vla2Error
 from vla2cli.media.frames import probe, read_frames
 from vla2cli.media.records import SoundRequest
 from vla2cli.world.encode import encode, has_track
-from vla2cli.world.write import DATA, MANIFEST, World, write_world
+from vla2cli.world.write import DATA, MANIFEST, MARK, World, write_world
 
 WORLD = World(seed=9, split="heldout", count=6)
 WHOLE = SoundRequest(SoundWindow(duration_s=5, num_clips=1, clip_s=5), is_required=True)
@@ -122,7 +122,7 @@ def test_controls_are_nothing_to_learn_from(tmp_path, capsys):
     code, out, err = run(capsys, *arguments, "--workers", 1)
     assert (code, out) == (0, "")
     assert "1 train clip of seed 4, muted, shuffled" in err
-    assert {path.name for path in (tmp_path / "a").iterdir()} == {"00000.mp4", MANIFEST}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"00000.mp4", MANIFEST, MARK}
 
 
 def test_files_are_small(folder):
@@ -203,9 +203,18 @@ def test_force_removes_only_what_was_written(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "1.mp4").write_text("mine too")
     list(write_world(World(0, "train", 1), tmp_path, force=True))
-    names = {"00000.mp4", DATA, MANIFEST, "notes.txt", "1.mp4"}
+    names = {"00000.mp4", DATA, MANIFEST, MARK, "notes.txt", "1.mp4"}
     assert {path.name for path in tmp_path.iterdir()} == names
     assert (tmp_path / "1.mp4").read_text() == "mine too"
+
+
+@pytest.mark.parametrize("name", ["1066674784.mp4", DATA, MANIFEST])
+def test_force_never_replaces_what_another_wrote(name, tmp_path, capsys):
+    (tmp_path / name).write_text("mine")
+    code, out, err = run(capsys, "-o", tmp_path, "--count", 1, "--force")
+    assert (code, out) == (2, "")
+    assert f"has a '{name}' that was not written by vla2 world" in err
+    assert contents(tmp_path) == {name: b"mine"}
 
 
 @pytest.mark.parametrize(
@@ -247,7 +256,7 @@ def test_failure_takes_away_what_was_written(tmp_path):
     (tmp_path / "a/00001.mp4").mkdir()  # in the way
     with pytest.raises(Vla2Error, match=r"cannot write '.*00001\.mp4': is a directory"):
         list(written)
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["00001.mp4"]
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"00001.mp4"}
 
 
 def test_reader_that_leaves_takes_the_rest_away(tmp_path):
