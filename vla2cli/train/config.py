@@ -28,6 +28,7 @@ FORMS = get_args(Form)
 SAVES = ("auto", "full", "projector")
 SAVE_DTYPES = ("auto", "float32", "float16", "bfloat16")
 MEDIA = ("av", "video", "audio")
+EXAM_SEED = 2**20  # of the clips that exams are about
 ASPECT_RATIOS = (None, "pad")
 # in the place of a stage's settings of how files are seen and heard
 MEDIA_OF_WORLD: Mapping[str, Any] = {"image_aspect_ratio": None, "va": False}
@@ -323,6 +324,8 @@ def _check_world(config: TrainConfig) -> None:
         raise UsageError(f"world.exam_steps: stage {TOWERS} answers no questions; leave it out")
     if config.stage == TOWERS and config.train != STAGES[TOWERS].trained:
         raise UsageError(f"stage {TOWERS} trains both towers and nothing else; leave train out")
+    if world.exam_steps is not None and world.seed == EXAM_SEED:
+        raise UsageError(f"seed of world is {world.seed}, that of the exams' clips; give another")
     if world.exam_steps is not None and (config.fsdp is not None or config.deepspeed is not None):
         raise UsageError(
             "world.exam_steps: one process asks a whole network, which fsdp and deepspeed cut; "

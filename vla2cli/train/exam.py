@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from vla2cli.train.collate import Collator
+from vla2cli.train.config import EXAM_SEED
 from vla2cli.train.hf import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from vla2cli.train.log import append_lines, take_back
 from vla2cli.train.network import TrainedNetwork
@@ -24,7 +25,6 @@ from vla2cli.train.world import WorldReader, WorldSamples
 from vla2cli.world.facts import SPLITS
 
 EXAM = "exam.jsonl"  # in the run's folder: step, split, kind, num, right
-EXAM_SEED = 2**20  # of the clips; refused for those to train on
 NUM_CLIPS = 96  # of each split
 BATCH = 16
 _ALL_QUESTIONS = 100  # more than any clip answers

@@ -13,8 +13,9 @@ from vla2cli.config import GenerationSettings
 from vla2cli.engine import Ask, MediaTokens
 from vla2cli.train import exam as exam_module
 from vla2cli.train.collate import Collator
+from vla2cli.train.config import EXAM_SEED
 from vla2cli.train.conversation import IGNORED, Row
-from vla2cli.train.exam import EXAM, EXAM_SEED, Exam
+from vla2cli.train.exam import EXAM, Exam
 from vla2cli.train.log import read_lines
 from vla2cli.train.media import Media
 from vla2cli.train.network import TrainedNetwork

@@ -10,8 +10,8 @@ from vla2cli.config import GenerationSettings
 from vla2cli.engine import Ask, Engine, MediaTokens
 from vla2cli.train import exam as exam_module
 from vla2cli.train.builtin import RECIPE, WORK
-from vla2cli.train.config import read_config
-from vla2cli.train.exam import EXAM, EXAM_SEED
+from vla2cli.train.config import EXAM_SEED, read_config
+from vla2cli.train.exam import EXAM
 from vla2cli.train.log import read_lines
 from vla2cli.train.run import train
 from vla2cli.train.stages import STAGES

@@ -138,6 +138,10 @@ def test_of_a_world_only_its_size_has_to_be_given():
             {"world": {**CLIPS, "exam_steps": 5}, "fsdp": {}},
             "one process asks a whole network, which fsdp and deepspeed cut",
         ),
+        (
+            {"world": {**CLIPS, "exam_steps": 5, "seed": 2**20}},
+            "seed of world is 1048576, that of the exams' clips; give another",
+        ),
         ({"stage": ["joint"]}, 'stage is ["joint"], expected a text'),
         ({"muon_learning_rate": 0}, "muon_learning_rate is 0, expected a number above 0"),
         ({"muon_learning_rate": 0.01, "fsdp": {}}, "which fsdp and deepspeed cut; leave it out"),
