@@ -18,7 +18,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tokenizers
 from sentencepiece import SentencePieceProcessor
@@ -53,6 +53,8 @@ CLEAN_UPS |= {f" {ending}": ending for ending in ("n't", "'m", "'s", "'ve", "'re
 class LlamaPieces:
     """Pieces of a sentencepiece model."""
 
+    SPACE: ClassVar[str] = PREFIX
+
     model: SentencePieceProcessor
 
     @property
@@ -77,10 +79,22 @@ class LlamaPieces:
         text: str = self.model.decode(tokens)
         return text
 
+    def spelling(self, id_: int) -> str:
+        """Return how a piece is written in the vocabulary."""
+        text: str = self.model.id_to_piece(id_)
+        return text
+
+    def find(self, spelling: str) -> int | None:
+        """Find the piece that is written so."""
+        id_ = self.model.piece_to_id(spelling)
+        return None if id_ == self.model.unk_id() else id_
+
 
 @dataclass(frozen=True)
 class Qwen2Pieces:
     """Pieces of bytes, joined pair by pair."""
+
+    SPACE: ClassVar[str] = "Ġ"  # GPT-2's character for its byte
 
     byte_pairs: tokenizers.Tokenizer
     bytes_of: dict[int, bytes]  # of each id that is spoken
@@ -97,6 +111,14 @@ class Qwen2Pieces:
     def decode(self, ids: Sequence[int]) -> str:
         """Turn ids into text; bytes that are no UTF-8 become replacement marks."""
         return b"".join(self.bytes_of.get(i, b"") for i in ids).decode(errors="replace")
+
+    def spelling(self, id_: int) -> str:
+        """Return how a piece is written in the vocabulary."""
+        return self.byte_pairs.id_to_token(id_) or ""
+
+    def find(self, spelling: str) -> int | None:
+        """Find the piece that is written so."""
+        return self.byte_pairs.token_to_id(spelling)
 
 
 @dataclass(frozen=True)
@@ -139,6 +161,24 @@ class Tokenizer:
             for found, wanted in CLEAN_UPS.items():
                 text = text.replace(found, wanted)
         return text
+
+    def whole(self, word: str) -> list[int]:
+        """List the pieces that are a whole word, with a space before it or without."""
+        found = (self.pieces.find(space + word) for space in ("", self.pieces.SPACE))
+        return [id_ for id_ in found if id_ is not None]
+
+    def halves(self, id_: int) -> list[tuple[int, int]]:
+        """List the pairs of pieces that a piece of letters is made of, none for any other id."""
+        if not 0 <= id_ < self.pieces.num_ids:
+            return []
+        if not self.pieces.decode([id_]).strip(" ").isalpha():
+            return []
+        spelling = self.pieces.spelling(id_)
+        cuts = (
+            (self.pieces.find(spelling[:at]), self.pieces.find(spelling[at:]))
+            for at in range(1, len(spelling))
+        )
+        return [(left, right) for left, right in cuts if left is not None and right is not None]
 
     def _cut(self, text: str) -> list[str]:
         longest_first = sorted(self.added_ids, key=len, reverse=True)

@@ -14,6 +14,7 @@ from tokenizers.trainers import BpeTrainer
 from tests.goldens import SHARED, golden, runs_of, tensors_of
 from tests.tiny import change_json, tiny_engine, write_json
 from vla2_models.errors import CheckpointError
+from vla2_models.hub import BUILTIN_FOLDER
 from vla2cli.errors import ModelError
 from vla2cli.prompt import build_prompt, tokenize
 from vla2cli.tokenizer import LlamaPieces, Qwen2Pieces, load_tokenizer
@@ -393,6 +394,40 @@ def test_qwen2_text_goes_there_and_back_composed(qwen2_folder):
     for text in [*TEXTS, *random_texts(200)]:
         plain = text.replace("<|", "")  # special tokens are not spoken
         assert tokenizer.decode(tokenizer.encode(plain)) == unicodedata.normalize("NFC", plain)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_the_halves_of_a_piece_of_letters_join_to_it(kind, qwen2_folder):
+    folder = qwen2_folder if kind == "qwen2" else BUILTIN_FOLDER
+    tokenizer = load_tokenizer(folder)
+    num_cut = 0
+    for piece in range(tokenizer.num_tokens):
+        halves = tokenizer.halves(piece)
+        num_cut += bool(halves)
+        assert not halves or tokenizer.decode([piece]).strip().isalpha()
+        for pair in halves:
+            spelling = "".join(map(tokenizer.pieces.spelling, pair))
+            assert spelling == tokenizer.pieces.spelling(piece)
+    assert num_cut > 50
+    for text in (".", tokenizer.eos_token, "\n", "7"):
+        assert all(tokenizer.halves(piece) == [] for piece in tokenizer.encode(text)), text
+    assert tokenizer.halves(-201) == tokenizer.halves(10**6) == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_whole_word_is_one_piece_at_each_place_where_it_is_encoded_as_one(kind, qwen2_folder):
+    folder = qwen2_folder if kind == "qwen2" else BUILTIN_FOLDER
+    tokenizer = load_tokenizer(folder)
+    words = ("the", "green", "circles", "in", "xylophone")
+    found = {word: set(tokenizer.whole(word)) for word in words}
+    assert found["in"]
+    assert not found["xylophone"]
+    for word, pieces in found.items():
+        assert {tokenizer.decode([piece]).strip() for piece in pieces} <= {word}
+        for text in (word, f"a {word}"):
+            *_, last = ids = tokenizer.encode(text)
+            is_one = len(ids) == len(tokenizer.encode(text.removesuffix(word).rstrip())) + 1
+            assert (last in pieces) == is_one, text
 
 
 def test_qwen2_composes_before_it_cuts(qwen2_folder):

@@ -81,7 +81,7 @@ def publish(folder: Path) -> None:
 
 def _texts() -> Iterator[str]:
     for index in range(NUM_CLIPS):
-        clip = WorldClip(FIRST_SEED, index, "train")
+        clip = WorldClip(FIRST_SEED, index, "train", apart=index % 2)
         for medium in ("av", "video", "audio"):
             for question in clip.questions(medium):
                 yield from (question.text, question.text.replace("video", "image"), question.answer)

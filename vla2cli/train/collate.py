@@ -35,8 +35,8 @@ class Collator:
 
     Called with samples it returns `input_ids`, `attention_mask` (bool) and `labels`, all (B, L),
     `media`, one for each row, and `skipped`, a list of (id, reason), which is not for the network;
-    where it packs, `segments` (B, L); where a sample has them, `word_targets`, one for each row or
-    None. A batch of which nothing is left has one row that teaches nothing.
+    where it packs, `segments` (B, L); where a sample has them, `word_targets` and `left_open`, one
+    for each row or None. A batch of which nothing is left has one row that teaches nothing.
     """
 
     pad_token_id: int
@@ -65,6 +65,8 @@ class Collator:
         batch["media"] = [owner.media for owner in owners] or [Media()]
         if any(owner.word_targets is not None for owner in owners):
             batch["word_targets"] = [owner.word_targets for owner in owners]
+        if any(owner.left_open is not None for owner in owners):
+            batch["left_open"] = [owner.left_open for owner in owners]
         batch["skipped"] = [(left_out.id, left_out.reason) for left_out in skipped]
         return batch
 

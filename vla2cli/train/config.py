@@ -61,8 +61,9 @@ class WorldData:
     # the steps
     word_weight: float = 1.0
     word_share: float = 0.5
+    apart: float = 0.0  # share of the shapes that have the form or the colour alone
+    spelled: float = 0.0  # share of the conversations whose words are cut into smaller pieces
     exam_steps: int | None = None  # between two exams on clips of both splits; None: no exam
-    striped: float = 0.0  # share of shapes with two colours, in the towers' stage
 
 
 @dataclass(frozen=True)
@@ -318,8 +319,6 @@ def _check_world(config: TrainConfig) -> None:
         )
     if config.pack != 1:
         raise UsageError("pack is for files; world.questions about a clip are packed; leave it out")
-    if config.stage != TOWERS and world.striped:
-        raise UsageError(f"world.striped is for stage {TOWERS}; leave it out")
     if config.stage == TOWERS and world.exam_steps is not None:
         raise UsageError(f"world.exam_steps: stage {TOWERS} answers no questions; leave it out")
     if config.stage == TOWERS and config.train != STAGES[TOWERS].trained:
@@ -367,7 +366,12 @@ def _shown(value: object) -> str:
 
 def _plain(value: Any, kind: Kind | None) -> Any:
     """Make a number of a text that stands for one."""
-    is_number = kind is not None and kind[0] in (_is_positive, _is_share, _is_number_from_0)
+    is_number = kind is not None and kind[0] in (
+        _is_positive,
+        _is_share,
+        _is_fraction,
+        _is_number_from_0,
+    )
     return float(value) if is_number else value
 
 
@@ -381,6 +385,10 @@ def _is_number(value: Any) -> bool:
 
 def _is_positive(value: Any) -> bool:
     return _is_number(value) and float(value) > 0
+
+
+def _is_fraction(value: Any) -> bool:
+    return _is_number_from_0(value) and float(value) <= 1
 
 
 def _is_share(value: Any) -> bool:
@@ -476,8 +484,9 @@ WORLD_KINDS: Mapping[str, Kind] = {
     "medium": _one_of(*MEDIA),
     "word_weight": (_is_number_from_0, "a number from 0"),
     "word_share": (_is_number_from_0, "a number from 0"),
+    "apart": (_is_fraction, "a number from 0 to 1"),
+    "spelled": (_is_share, "a number from 0 to below 1"),
     "exam_steps": _COUNT,
-    "striped": (_is_share, "a number from 0 to below 1"),
 }
 LORA_KINDS: Mapping[str, Kind] = {
     "r": _COUNT,

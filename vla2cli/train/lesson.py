@@ -54,13 +54,7 @@ def open_lesson(config: TrainConfig, checkpoint: Checkpoint) -> Lesson:
     geometry = read_geometry(checkpoint)
     counts = {"world": config.world.clips}
     if config.stage == TOWERS:
-        pictures = TowerSamples(
-            checkpoint.config,
-            geometry,
-            config.world.seed,
-            config.world.clips,
-            config.world.striped,
-        )
+        pictures = TowerSamples(checkpoint.config, geometry, config.world.seed, config.world.clips)
         return Lesson(pictures, collate_towers, counts)
     check_world(checkpoint.config, config.world.medium)
     tokenizer = load_tokenizer(checkpoint.text_folder)
@@ -71,6 +65,9 @@ def open_lesson(config: TrainConfig, checkpoint: Checkpoint) -> Lesson:
         config.world.clips,
         num_questions=config.world.questions,
         medium=config.world.medium,
+        spelled=config.world.spelled,
+        apart=config.world.apart,
+        leaves_open=True,
     )
     collator = Collator(tokenizer.eos_token_id, config.max_length, config.world.questions)
     return Lesson(clips, collator, counts, _fade(config.world), reader)

@@ -67,6 +67,7 @@ class TrainedNetwork(nn.Module):
         segments: Tensor | None = None,
         word_targets: Sequence[Tensor | None] | None = None,
         word_weight: float = 0.0,
+        left_open: Sequence[Tensor | None] | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """Compute the loss of a batch as `Collator` makes it.
@@ -81,6 +82,7 @@ class TrainedNetwork(nn.Module):
             word_targets: for each row (num_media_tokens, K) words that the media's tokens are to
                 name by themselves, `IGNORED` for none; None for a row without.
             word_weight: of that second loss, the mean over all words that are given.
+            left_open: for each row the ids that neither loss may choose from; None for none.
             num_items_in_batch: learned tokens of all micro-batches and processes that make one
                 step; None for those of this batch.
 
@@ -92,6 +94,9 @@ class TrainedNetwork(nn.Module):
         hidden, router_loss = self._read(spliced)
         row, position = spliced.learned
         logits = self._head(hidden[row, spliced.predictors[row, position]])
+        is_open = None if left_open is None else _mark(left_open, logits)
+        if is_open is not None:
+            logits = logits.masked_fill(is_open[row], -torch.inf)
         total = functional.cross_entropy(
             logits.float(), spliced.labels[row, position], reduction="sum"
         )
@@ -103,7 +108,8 @@ class TrainedNetwork(nn.Module):
         share = len(row) / num_items
         loss = loss + share * router_loss
         if word_targets is not None and word_weight:
-            loss = loss + share * word_weight * self._word_loss(media, tokens, word_targets)
+            word_loss = self._word_loss(media, tokens, word_targets, is_open)
+            loss = loss + share * word_weight * word_loss
         loss = loss + self._unused(media)
         return {"loss": loss} if self.training else {"loss": loss, "logits": self._head(hidden)}
 
@@ -209,35 +215,41 @@ class TrainedNetwork(nn.Module):
         media: Sequence[Media],
         tokens: Sequence[Tensor | None],
         word_targets: Sequence[Tensor | None],
+        is_open: Tensor | None,
     ) -> Tensor:
+        """Mean cross-entropy of the words that the media's tokens are to name."""
         # rows that share a medium have its words once, packed or not
-        different = {id(m): pair for m, *pair in zip(media, tokens, word_targets, strict=True)}
-        pairs = [(t, w) for t, w in different.values() if w is not None]
-        for media_tokens, words in pairs:
+        rows = enumerate(zip(media, tokens, word_targets, strict=True))
+        different = {id(m): (t, w, row) for row, (m, t, w) in rows if w is not None}.values()
+        for media_tokens, words, _ in different:
             found = 0 if media_tokens is None else len(media_tokens)
             if len(words) != found:
                 raise ValueError(
                     f"word_targets for {len(words)} tokens of media, there are {found}"
                 )
-        if not pairs:
+        if not different:
             return torch.zeros((), device=self.model.device)
-        media_tokens = torch.cat([t for t, _ in pairs if t is not None])
-        num_words = max(words.shape[1] for _, words in pairs)
+        media_tokens = torch.cat([t for t, _, _ in different if t is not None])
+        num_words = max(words.shape[1] for _, words, _ in different)
         words = torch.cat(
-            [functional.pad(w, (0, num_words - w.shape[1]), value=IGNORED) for _, w in pairs]
+            [functional.pad(w, (0, num_words - w.shape[1]), value=IGNORED) for _, w, _ in different]
         ).to(media_tokens.device)
+        row = torch.tensor([row for _, w, row in different for _ in range(len(w))])
         is_named = (words != IGNORED).any(1)
-        return self._name(media_tokens[is_named], words[is_named])
+        logits = self._name(media_tokens[is_named])
+        if is_open is not None:
+            logits = logits.masked_fill(is_open[row.to(is_named.device)[is_named]], -torch.inf)
+        words = words[is_named]
+        is_word = words != IGNORED
+        named = logits.log_softmax(-1).gather(1, words.clamp(min=0))[is_word]
+        return -named.sum() / max(named.numel(), 1)
 
-    def _name(self, media_tokens: Tensor, words: Tensor) -> Tensor:
-        """Mean cross-entropy of the words that (N, D) tokens are to name, (N, K)."""
+    def _name(self, media_tokens: Tensor) -> Tensor:
+        """Read (N, D) tokens with the language model's own norm and head: (N, V) float32."""
         norm = self._decoder.get_submodule("norm")
         dtype = next(norm.parameters()).dtype
-        logits = self._head(norm(media_tokens.to(dtype)))
-        log_probs = logits.float().log_softmax(-1)
-        is_word = words != IGNORED
-        named: Tensor = log_probs.gather(1, words.clamp(min=0))[is_word]
-        return -named.sum() / max(named.numel(), 1)
+        logits: Tensor = self._head(norm(media_tokens.to(dtype))).float()
+        return logits
 
     def _unused(self, media: Sequence[Media]) -> Tensor | float:
         """Run what is trained and has no input in this batch on blanks, for a gradient of 0.
@@ -264,6 +276,15 @@ class TrainedNetwork(nn.Module):
             fbank = torch.zeros(1, model.audio_tower.design.patch_size, NUM_MEL_BINS)
             blanks += self._hear([Media(fbank=fbank)]).values()
         return sum((0.0 * tokens.float().sum() for tokens in blanks), 0.0)
+
+
+def _mark(left_open: Sequence[Tensor | None], logits: Tensor) -> Tensor:
+    """Mark the ids of each row: (rows, V) bool."""
+    is_open = torch.zeros(len(left_open), logits.shape[-1], dtype=torch.bool)
+    for row, ids in zip(is_open, left_open, strict=True):
+        if ids is not None:
+            row[ids] = True
+    return is_open.to(logits.device)
 
 
 def _is_trained(*parts: nn.Module | None) -> bool:

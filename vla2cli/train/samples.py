@@ -41,6 +41,8 @@ class Sample:
     skipped: tuple[Skipped, ...] = ()  # conversations about the same medium that cannot be used
     # (num_media_tokens, K) int64: words that each token of the media stands for, -100 for none
     word_targets: Tensor | None = None
+    # (W,) int64: ids that are neither right nor wrong about the media, and nowhere learned
+    left_open: Tensor | None = None
 
 
 class SampleDataset(Dataset["Sample | Skipped"]):

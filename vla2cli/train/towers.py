@@ -23,7 +23,14 @@ from vla2_models.videollama2 import VideoLLaMA2
 from vla2cli.errors import UsageError
 from vla2cli.preprocess import FrameGeometry, fbank, normalise
 from vla2cli.world.clip import WorldClip
-from vla2cli.world.crowd import COLOUR_NAMES, KINDS, SCENE_NAMES, UNNAMED, draw_crowd
+from vla2cli.world.crowd import (
+    COLOUR_NAMES,
+    KINDS,
+    SCENE_NAMES,
+    SHAPE_NAMES,
+    UNNAMED,
+    draw_crowd,
+)
 from vla2cli.world.damage import spoil
 from vla2cli.world.vocabulary import SOUNDS
 
@@ -31,6 +38,7 @@ _SOUND_NAMES = (None, *SOUNDS)  # None: silence
 # classes of each head of the vision tower, and what its loss counts; the sound's counts 1
 _PICTURE_HEADS = {
     "kinds": (len(KINDS) + 1, 1.0),
+    "shapes": (len(SHAPE_NAMES), 0.5),
     "colours": (len(COLOUR_NAMES) + 1, 0.5),
     "centres": (2, 0.3),
     "scenes": (len(SCENE_NAMES), 0.1),
@@ -45,7 +53,8 @@ class TowerSample:
     """A picture, for some a sound that has nothing to do with it, and what is in them."""
 
     pixel_values: Tensor  # (3, S, S) float32
-    kinds: Tensor  # (N,) int64, as are the next two
+    kinds: Tensor  # (N,) int64, as are the next three
+    shapes: Tensor
     colours: Tensor
     centres: Tensor
     scenes: Tensor  # (N,), the same for each patch
@@ -61,25 +70,18 @@ class TowerSamples(Dataset[TowerSample]):
         geometry: of its frames.
         seed: of the collection.
         count: of pictures in an epoch.
-        striped: share of the shapes that have two colours, see `draw_crowd`.
 
     Raises:
         UsageError: the tower's image leaves a rest beside its patches.
     """
 
     def __init__(
-        self,
-        config: CheckpointConfig,
-        geometry: FrameGeometry,
-        seed: int,
-        count: int,
-        striped: float = 0.0,
+        self, config: CheckpointConfig, geometry: FrameGeometry, seed: int, count: int
     ) -> None:
         assert config.audio is not None, "the towers' stage trains both of them"
         self.grid = round(config.num_patches**0.5)
         self.patch_rows = config.audio.design.patch_size
         self.geometry, self.seed, self.count = geometry, seed, count
-        self.striped = striped
         if geometry.height % self.grid:
             raise UsageError(
                 f"the towers' stage names patches, and an image of {geometry.height} pixels is "
@@ -96,15 +98,15 @@ class TowerSamples(Dataset[TowerSample]):
 
     def __getitem__(self, index: int) -> TowerSample:
         index += self._first
-        crowd = draw_crowd(self.seed, index, self.geometry.height, self.grid, self.striped)
+        crowd = draw_crowd(self.seed, index, self.geometry.height, self.grid)
         rng = np.random.default_rng([self.seed, index, 1])
         pixels = normalise(spoil(crowd.frame[None], rng), self.geometry)[0]
-        kinds, colours, centres = (
+        kinds, shapes, colours, centres = (
             torch.from_numpy(labels.ravel())
-            for labels in (crowd.kinds, crowd.colours, crowd.centres)
+            for labels in (crowd.kinds, crowd.shapes, crowd.colours, crowd.centres)
         )
         scenes = torch.full((self.grid**2,), crowd.scene)
-        sample = TowerSample(torch.from_numpy(pixels), kinds, colours, centres, scenes)
+        sample = TowerSample(torch.from_numpy(pixels), kinds, shapes, colours, centres, scenes)
         if index % _PICTURES_PER_SOUND:
             return sample
         clip = WorldClip(self.seed, index, "train")
@@ -193,4 +195,7 @@ class TowerTask(nn.Module):
 
 
 def _cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
-    return functional.cross_entropy(logits.float().flatten(0, 1), truth.flatten())
+    total = functional.cross_entropy(
+        logits.float().flatten(0, 1), truth.flatten(), ignore_index=UNNAMED, reduction="sum"
+    )
+    return total / (truth != UNNAMED).sum().clamp(min=1)

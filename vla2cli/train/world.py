@@ -25,16 +25,17 @@ from vla2cli.errors import UsageError
 from vla2cli.media.sampling import uniform_indices
 from vla2cli.preprocess import FrameGeometry, fbank, fit_frame, normalise
 from vla2cli.tokenizer import Tokenizer
-from vla2cli.train.conversation import IGNORED, Form, Utterance, build_row
+from vla2cli.train.conversation import IGNORED, Form, Row, Utterance, build_row
 from vla2cli.train.media import Media
 from vla2cli.train.samples import Sample
+from vla2cli.train.spelling import Speller
 from vla2cli.train.towers import middles
 from vla2cli.world.clip import WorldClip
 from vla2cli.world.damage import spoil
 from vla2cli.world.encode import NUM_FRAMES, SIDE
-from vla2cli.world.facts import DURATION_S, Thing
+from vla2cli.world.facts import DURATION_S, Thing, lacked_colour
 from vla2cli.world.picture import draw_silhouette
-from vla2cli.world.vocabulary import SCENES
+from vla2cli.world.vocabulary import SCENES, SHAPES
 from vla2cli.world.words import Question
 
 NUM_WORDS = 8  # targets of one token at most
@@ -187,6 +188,9 @@ class WorldSamples(Dataset[Sample]):
         split: `train` or `heldout`.
         medium: what of a clip is given; None: drawn for each, a still picture only of what stands.
         is_spoiled: whether frames are damaged as by a codec.
+        spelled: share of the conversations whose words are cut into smaller pieces.
+        apart: share of the shapes that have the form or the colour alone.
+        leaves_open: whether nothing is said about pairs that training lacks, see `name_open`.
     """
 
     def __init__(
@@ -199,10 +203,15 @@ class WorldSamples(Dataset[Sample]):
         split: str = "train",
         medium: str | None = None,
         is_spoiled: bool = True,
+        spelled: float = 0.0,
+        apart: float = 0.0,
+        leaves_open: bool = False,
     ) -> None:
         self.reader, self.seed, self.count = reader, seed, count
         self.num_questions, self.split = num_questions, split
         self.medium, self.is_spoiled = medium, is_spoiled
+        self.apart, self.leaves_open = apart, leaves_open
+        self.spelled, self._speller = spelled, Speller(reader.tokenizer)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -213,7 +222,7 @@ class WorldSamples(Dataset[Sample]):
         return self.count
 
     def __getitem__(self, index: int) -> Sample:
-        clip = WorldClip(self.seed, self._first + index, self.split)
+        clip = WorldClip(self.seed, self._first + index, self.split, apart=self.apart)
         rng = np.random.default_rng([self.seed, clip.index, 2])
         medium = self.medium or _draw_medium(clip, rng)
         caption, *others = clip.questions("video" if medium == "image" else medium)
@@ -222,7 +231,16 @@ class WorldSamples(Dataset[Sample]):
         if medium == "image":
             questions = [_of_image(question) for question in questions]
         media = self.reader.media(clip, medium, rng if self.is_spoiled else None)
-        return self.reader.sample(clip, medium, questions, media)
+        sample = self.reader.sample(clip, medium, questions, media)
+        if self.leaves_open and medium != "audio":
+            words = sorted(name_open(clip.facts.things))
+            ids = [id_ for word in words for id_ in self.reader.tokenizer.whole(word)]
+            sample = leave_open(sample, torch.tensor(ids, dtype=torch.int64))
+        rows = (
+            self._speller.spell(row, rng) if rng.random() < self.spelled else row
+            for row in sample.rows
+        )
+        return replace(sample, rows=tuple(rows))
 
 
 def _draw_medium(clip: WorldClip, rng: np.random.Generator) -> str:
@@ -250,6 +268,35 @@ def _show(clip: WorldClip, moments: Sequence[float], grid: int) -> list[list[Thi
             shown[row][column] = thing
         most = np.maximum(most, share)
     return shown
+
+
+def name_open(things: Sequence[Thing]) -> set[str]:
+    """List the words that are neither right nor wrong about clips of these things.
+
+    A pair that training lacks is no reason to deny it, and what is denied is learned long before a
+    form is told from another: that green means "not a circle". So of a shape nothing is said about
+    the colour that it lacks, nor of a colour about the shape that lacks it.
+    """
+    words: set[str] = set()
+    for thing in things:
+        if thing.is_shape:
+            words.add(lacked_colour(thing.name))
+            lacking = [shape for shape in SHAPES if lacked_colour(shape) == thing.colour]
+            words.update(lacking, (SHAPES[shape] for shape in lacking))
+    return words
+
+
+def leave_open(sample: Sample, ids: Tensor) -> Sample:
+    """Take words out of what a sample teaches."""
+    left_open = set(ids.tolist())
+    rows = tuple(
+        Row(row.input_ids, tuple(IGNORED if i in left_open else i for i in row.labels))
+        for row in sample.rows
+    )
+    words = sample.word_targets
+    if words is not None:
+        words = words.masked_fill(torch.isin(words, ids), IGNORED)
+    return replace(sample, rows=rows, word_targets=words, left_open=ids)
 
 
 def _part(names: Sequence[Name], at: int, num: int) -> Name:

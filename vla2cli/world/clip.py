@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from vla2cli.world.apart import take_apart
 from vla2cli.world.facts import Facts, Thing, draw_facts, generator
 from vla2cli.world.picture import draw_background, draw_frame
 from vla2cli.world.sound import sound_span, synthesise
@@ -16,7 +17,7 @@ from vla2cli.world.staging import Act, Placed, placed_at, stage
 from vla2cli.world.words import Question, ask_all
 
 # what a clip's generators are for; facts have purpose 0
-_STAGING, _BACKGROUND, _SPAN, _SOUND, _WORDS = range(1, 6)
+_STAGING, _BACKGROUND, _SPAN, _SOUND, _WORDS, _APART = range(1, 7)
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class WorldClip:
     index: int
     split: str  # train | heldout
     guest: Thing | None = None  # an object of a picture of its own, in every clip
+    apart: float = 0.0  # share of the shapes that have the form or the colour alone
 
     @cached_property
     def facts(self) -> Facts:
         """What is true of it."""
-        return draw_facts(self.seed, self.index, self.split, self.guest)
+        facts = draw_facts(self.seed, self.index, self.split, self.guest)
+        return take_apart(facts, self.apart, self._generator(_APART)) if self.apart else facts
 
     @cached_property
     def acts(self) -> tuple[Act, ...]:

@@ -17,10 +17,12 @@ from vla2cli.world.vocabulary import (
     NUMBERS,
     OBJECTS,
     PLACES,
+    PLURALS,
     SCENES,
     SHAPES,
     SOUNDS,
     TIMES,
+    Colour,
 )
 
 SPLITS = ("train", "heldout")
@@ -40,12 +42,14 @@ class Thing:
 
     name: str  # of OBJECTS or SHAPES, or a guest's
     colour: str | None = None  # of COLOURS; None for an object, which has its own colours
+    paint: Colour | None = None  # of a shape, in the place of a colour that has a name
+    form: int | None = None  # of a coloured thing whose form has no name, which of them it is
     picture: str | None = None  # file of a guest: an object that the world does not have
 
     @property
     def is_shape(self) -> bool:
-        """Whether it is a coloured shape and not an object."""
-        return self.colour is not None
+        """Whether it is a shape, in a colour or a paint."""
+        return self.name in SHAPES
 
     @property
     def noun(self) -> str:
@@ -57,7 +61,8 @@ class Thing:
         """Name several of it."""
         if self.picture is not None:
             return f"{self.name}s"
-        return f"{self.colour} {SHAPES[self.name]}" if self.colour else OBJECTS[self.name]
+        plural = PLURALS[self.name]
+        return f"{self.colour} {plural}" if self.colour else plural
 
 
 @dataclass(frozen=True)
@@ -123,10 +128,16 @@ def is_held_out_sound(name: str, sound: str | None) -> bool:
 
 
 def is_held_out_shape(thing: Thing) -> bool:
-    """Tell whether a shape never has this colour in training: one colour of six each."""
-    if thing.colour is None:
-        return False
-    return _COLOURS.index(thing.colour) == (_SHAPES.index(thing.name) + 1) % len(_COLOURS)
+    """Tell whether a shape never has this colour in training."""
+    return thing.colour is not None and thing.colour == lacked_colour(thing.name)
+
+
+def lacked_colour(shape: str) -> str:
+    """Name the colour that a shape never has in training: one of six each."""
+    return _COLOURS[(_SHAPES.index(shape) + 1) % len(_COLOURS)]
+
+
+LACKED_COLOURS = frozenset(map(lacked_colour, SHAPES))
 
 
 def generator(seed: int, index: int, split: str, *, purpose: int) -> np.random.Generator:
@@ -152,8 +163,8 @@ def _draw(rng: np.random.Generator) -> Facts:
     )
 
 
-def draw_thing(rng: np.random.Generator) -> Thing:
+def draw_thing(rng: np.random.Generator, shape_share: float = _SHAPE_SHARE) -> Thing:
     """Draw an object, or a shape of any colour."""
-    if rng.random() < _SHAPE_SHARE:
+    if rng.random() < shape_share:
         return Thing(str(rng.choice(_SHAPES)), str(rng.choice(_COLOURS)))
     return Thing(str(rng.choice(_OBJECTS)))

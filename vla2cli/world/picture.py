@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +17,13 @@ from PIL import Image, ImageDraw
 
 from vla2_models.errors import one_line
 from vla2cli.errors import UsageError
-from vla2cli.world.staging import Placed, Stripes
-from vla2cli.world.vocabulary import COLOURS, OBJECTS
+from vla2cli.world.staging import Placed
+from vla2cli.world.vocabulary import COLOURS, OBJECTS, Colour
 
 ATLAS = Path(__file__).parent / "sprites" / "objects.png"
 ATLAS_COLUMNS = 6
 SPRITE_SIDE = 96
 
-Colour = tuple[float, float, float]
 # scene -> colours of the upper part, from top to horizon, and of the ground, from horizon to bottom
 _GROUNDS: dict[str, tuple[Colour, Colour, Colour, Colour]] = {
     "meadow": ((120, 180, 235), (190, 220, 245), (110, 180, 80), (70, 140, 50)),
@@ -91,22 +90,13 @@ def _sprite(item: Placed) -> Image.Image:
     thing = item.thing
     if thing.picture is not None:
         return open_picture(thing.picture)
-    if thing.colour is None:
+    colour = thing.paint or COLOURS.get(thing.colour or "")
+    if colour is None:
         return _objects()[thing.name]
-    shape = _shape(thing.name, thing.colour)
-    if item.stripes is None:
-        return shape
-    striped = _draw_stripes(item.stripes)
-    striped.putalpha(shape.getchannel("A"))
-    return striped
-
-
-def _draw_stripes(stripes: Stripes) -> Image.Image:
-    at = np.arange(SPRITE_SIDE) / SPRITE_SIDE
-    along = at * math.cos(stripes.angle) + at[:, None] * math.sin(stripes.angle)
-    is_first = (along * stripes.number) % 1 < 0.5
-    colours = np.where(is_first[..., None], stripes.first, stripes.second)
-    return Image.fromarray(colours.astype(np.uint8))
+    form = _form(thing.name) if thing.form is None else _nameless_form(thing.form)
+    painted = Image.new("RGB", form.size, colour)
+    painted.putalpha(form)
+    return painted
 
 
 @cache
@@ -142,18 +132,35 @@ def _objects() -> dict[str, Image.Image]:
     }
 
 
-@lru_cache(maxsize=64)
-def _shape(name: str, colour: str) -> Image.Image:
+@cache
+def _nameless_form(number: int) -> Image.Image:
+    """Draw a form like none that has a name, as `_form`."""
+    rng = np.random.default_rng(number)
+    num_corners = int(rng.integers(6, 11))
+    angles = 2 * math.pi * (np.arange(num_corners) + rng.uniform(-0.35, 0.35, num_corners))
+    radii = rng.uniform(0.2, 0.49, num_corners)
+    fine = 4 * SPRITE_SIDE
+    corners = [
+        (fine * (0.5 + r * math.cos(a / num_corners)), fine * (0.5 + r * math.sin(a / num_corners)))
+        for r, a in zip(radii.tolist(), angles.tolist(), strict=True)
+    ]
+    image = Image.new("L", (fine, fine))
+    ImageDraw.Draw(image).polygon(corners, fill=255)
+    return image.resize((SPRITE_SIDE, SPRITE_SIDE), Image.Resampling.LANCZOS)
+
+
+@cache
+def _form(name: str) -> Image.Image:
+    """Draw a shape's silhouette: (SPRITE_SIDE, SPRITE_SIDE), 255 where it is."""
     fine = 4 * SPRITE_SIDE  # drawn large and made smaller: that smooths the edges
-    image = Image.new("RGBA", (fine, fine), (0, 0, 0, 0))
+    image = Image.new("L", (fine, fine))
     draw = ImageDraw.Draw(image)
-    fill = (*COLOURS[colour], 255)
     if name == "circle":
-        draw.ellipse((8, 8, fine - 8, fine - 8), fill=fill)
+        draw.ellipse((8, 8, fine - 8, fine - 8), fill=255)
     elif name == "square":
-        draw.rectangle((24, 24, fine - 24, fine - 24), fill=fill)
+        draw.rectangle((24, 24, fine - 24, fine - 24), fill=255)
     else:
-        draw.polygon(_corners(name, fine), fill=fill)
+        draw.polygon(_corners(name, fine), fill=255)
     return image.resize((SPRITE_SIDE, SPRITE_SIDE), Image.Resampling.LANCZOS)
 
 

@@ -25,19 +25,6 @@ _TRIES = 200  # at placing several things, before it begins anew
 _START = 0.1  # how far from the edge a motion may begin or end, beyond the subject itself
 
 
-Colour = tuple[int, int, int]  # RGB
-
-
-@dataclass(frozen=True)
-class Stripes:
-    """A pattern of two colours."""
-
-    first: Colour
-    second: Colour
-    angle: float  # radians
-    number: float  # of pairs of stripes across a thing
-
-
 @dataclass(frozen=True)
 class Placed:
     """One thing at one moment."""
@@ -46,7 +33,6 @@ class Placed:
     x: float  # centre
     y: float
     size: float
-    stripes: Stripes | None = None  # of a shape, in the place of its colour
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+Colour = tuple[int, int, int]  # RGB
+
 # drawn emoji, in the order of the atlas beside the code; name -> plural
 OBJECTS: Mapping[str, str] = {
     "car": "cars",
@@ -44,7 +46,9 @@ SHAPES: Mapping[str, str] = {
     "triangle": "triangles",
     "star": "stars",
 }
-COLOURS: Mapping[str, tuple[int, int, int]] = {
+NAMELESS = "thing"  # what has a colour, and a form without a name
+PLURALS: Mapping[str, str] = {**OBJECTS, **SHAPES, NAMELESS: "things"}
+COLOURS: Mapping[str, Colour] = {
     "red": (222, 38, 44),
     "green": (28, 172, 60),
     "blue": (34, 84, 232),

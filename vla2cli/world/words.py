@@ -109,16 +109,13 @@ def _ask_picture(facts: Facts, rng: np.random.Generator) -> list[Question]:
         text = _pick(rng, "How many {} are there?", "How many {} do you see?")
         number = NUMBERS[facts.number - 1]
         return [*questions, Question("count", text.format(thing.plural), number)]
+    if thing.colour is not None:
+        text = _pick(rng, "What colour is it?", "Which colour does it have?")
+        questions.append(Question("colour", text, thing.colour, _options(rng, thing.colour)))
     if thing.is_shape:
-        assert thing.colour is not None
-        colour = _pick(rng, "What colour is the {}?", "Which colour does the {} have?")
-        questions += [
-            Question(
-                "colour", colour.format(thing.name), thing.colour, _options(rng, thing.colour)
-            ),
-            Question("shape", _pick(rng, "What shape is it?", "Which shape is seen?"), thing.name),
-        ]
-    else:
+        text = _pick(rng, "What shape is it?", "Which shape is seen?")
+        questions.append(Question("shape", text, thing.name))
+    elif thing.colour is None:
         text = _pick(rng, "What is in the video?", "What do you see?", "Which object is it?")
         answer = with_article(thing.noun)
         questions.append(Question("object", text, answer, _options(rng, answer)))

@@ -90,6 +90,17 @@ def spliced_media(network, sample):
     return len(tokens)
 
 
+def logits_of_labels(network, sample):
+    """What each learned token of a sample's conversations is predicted with, and which it is."""
+    batch = COLLATOR([sample])
+    tokens = network.encode(batch["media"])
+    given = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
+    labels = splice_rows(network.model, *given, tokens, None).labels[:, 1:]
+    batch.pop("skipped")
+    logits = network(**batch)["logits"][:, :-1]
+    return logits[labels != IGNORED].float(), labels[labels != IGNORED]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_spliced_batch_and_its_loss_are_the_reference_s(case):
     expected = batch_of(case)
@@ -301,6 +312,35 @@ def test_the_word_loss_is_the_mean_cross_entropy_of_the_words_that_are_given():
         ]
     for loss in found:
         torch.testing.assert_close(loss - without, 0.5 * expected, atol=CLOSE, rtol=0)
+
+
+@pytest.mark.parametrize("pack", [1, 2])
+def test_what_is_left_open_is_out_of_the_choice_of_both_losses(pack):
+    network = tiny_network().eval()
+    media = tiny_media(has_sound=True)
+    bare = sample_of(tiny_rows()[:2], media)
+    words = torch.full((spliced_media(network, bare), 1), IGNORED)
+    words[:, 0] = 300
+    left_open = torch.tensor([301, 17])
+    collator = replace(COLLATOR, pack=pack)
+    with torch.no_grad():
+        (tokens,) = network.encode([media])
+        language_model = network.model.language_model
+        named = language_model.lm_head(language_model.model.norm(tokens)).float()
+        learned, labels = logits_of_labels(network, bare)
+        assert not torch.isin(labels, left_open).any()
+        for logits in (named, learned):
+            logits[:, left_open] = -torch.inf
+        expected = functional.cross_entropy(learned, labels)
+        expected = expected + 0.5 * functional.cross_entropy(named, words[:, 0])
+        sample = replace(bare, word_targets=words, left_open=left_open)
+        found = run(network, [sample], collator, word_weight=0.5)["loss"]
+        # of another medium nothing is left open
+        other = replace(bare, media=tiny_media(has_sound=True), word_targets=words)
+        both = run(network, [sample, other], collator, word_weight=0.5)["loss"]
+        without = run(network, [other], collator, word_weight=0.5)["loss"]
+    torch.testing.assert_close(found, expected, atol=CLOSE, rtol=0)
+    torch.testing.assert_close(both, (found + without) / 2, atol=CLOSE, rtol=0)
 
 
 def test_words_for_another_number_of_tokens_are_refused():

@@ -30,10 +30,11 @@ def test_numbers_may_be_written_as_yaml_does_not_read_them(key):
 
 
 def test_numbers_below_a_key_may_be_written_so_too():
-    world = {**CLIPS, "word_weight": "1e-2", "word_share": "2e-1", "striped": "1e-1"}
+    shares = {"word_share": "2e-1", "apart": "1e0", "spelled": "3e-1"}
+    world = {**CLIPS, "word_weight": "1e-2", **shares}
     config = make_config({**GIVEN, "stage": "towers", "world": world})
     assert (config.world.word_weight, config.world.word_share) == (0.01, 0.2)
-    assert config.world.striped == 0.1
+    assert (config.world.apart, config.world.spelled) == (1, 0.3)
     assert make_config({**GIVEN, "lora": {"dropout": "1e-2"}}).lora.dropout == 0.01
     assert make_config({**GIVEN, "data": [{"file": "a", "weight": "5e-1"}]}).data[0].weight == 0.5
 
@@ -120,6 +121,8 @@ def test_of_a_world_only_its_size_has_to_be_given():
         ({"world": 8}, "world is 8, expected {clips, seed, questions, …}"),
         ({"world": {**CLIPS, "medium": "image"}}, 'medium of world is "image", expected one of av'),
         ({"world": {**CLIPS, "word_share": -1}}, "word_share of world is -1, expected a number"),
+        ({"world": {**CLIPS, "apart": 1.5}}, "apart of world is 1.5, expected a number from 0"),
+        ({"world": {**CLIPS, "spelled": 1}}, "spelled of world is 1, expected a number from 0"),
         ({"world": {**CLIPS, "exam_steps": 0}}, "exam_steps of world is 0, expected a whole"),
         ({"world": CLIPS, "data": FILES}, "world and data exclude each other; give one"),
         ({"world": CLIPS, "num_frames": 4}, "clips of world have the model's own; leave it out"),

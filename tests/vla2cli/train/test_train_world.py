@@ -15,6 +15,7 @@ from vla2cli.engine import read_geometry
 from vla2cli.errors import UsageError
 from vla2cli.preprocess import fbank, fit_frame, normalise
 from vla2cli.tokenizer import load_tokenizer
+from vla2cli.train.collate import pack_rows
 from vla2cli.train.config import make_config
 from vla2cli.train.conversation import IGNORED
 from vla2cli.train.lesson import open_lesson
@@ -227,6 +228,83 @@ def test_media_are_mixed_and_stills_are_of_what_stands(reader):
             assert learned.strip() == caption(clip.facts, "video")
         else:
             assert "image" not in prompt
+
+
+def test_spelled_conversations_stay_behind_the_same_tokens(reader):
+    plain, spelled = (WorldSamples(reader, SEED, 30, spelled=share) for share in (0.0, 0.5))
+    num_spelled = num_rows = 0
+    for index in range(30):
+        rows = spelled[index].rows
+        assert len(pack_rows(rows, len(rows))) == 1
+        for row, whole in zip(rows, plain[index].rows, strict=True):
+            assert row_texts(reader, row) == row_texts(reader, whole)
+            num_spelled += row != whole
+            num_rows += 1
+    assert 0.35 < num_spelled / num_rows < 0.65
+
+
+def test_shapes_are_taken_apart_for_words_and_answers_alike(reader):
+    whole, apart = (WorldSamples(reader, SEED, 60, apart=share, medium="video") for share in (0, 1))
+    num_changed = 0
+    for index in range(60):
+        clip = WorldClip(SEED, index, "train", apart=1)
+        _, learned = row_texts(reader, apart[index].rows[0])
+        assert learned.strip() == caption(clip.facts, "video")
+        words = words_of(reader, apart[index].word_targets)
+        assert any(line.startswith(clip.facts.things[0].noun) for line in words)
+        num_changed += learned != row_texts(reader, whole[index].rows[0])[1]
+    assert num_changed > 10
+
+
+LACKED = {"circle": "green", "square": "blue", "triangle": "yellow", "star": "purple"}
+
+
+def open_words(clip):
+    """What training leaves open about a clip: the rule of name_open, from the split's own table."""
+    words = set()
+    for thing in clip.facts.things:
+        if thing.is_shape:
+            lacking = [shape for shape, colour in LACKED.items() if colour == thing.colour]
+            words |= {LACKED[thing.name], *lacking, *(f"{shape}s" for shape in lacking)}
+    return words
+
+
+def test_a_pair_that_training_lacks_is_neither_told_nor_denied(reader):
+    whole, careful = (
+        WorldSamples(reader, SEED, NUM_CLIPS, leaves_open=is_careful, medium="av")
+        for is_careful in (False, True)
+    )
+    decode = reader.tokenizer.decode
+    num_open = num_left = 0
+    for index, clip in enumerate(clips_of()):
+        sample, all_told = careful[index], whole[index]
+        expected = open_words(clip)
+        assert {decode([i]).strip() for i in sample.left_open.tolist()} == expected
+        left_open = set(sample.left_open.tolist())
+        for row, told in zip(sample.rows, all_told.rows, strict=True):
+            assert row.input_ids == told.input_ids
+            for label, before in zip(row.labels, told.labels, strict=True):
+                assert label == (IGNORED if before in left_open else before)
+                num_left += label != before
+        assert not left_open & set(sample.word_targets.ravel().tolist())
+        num_open += bool(expected)
+    assert 20 < num_open < NUM_CLIPS
+    assert 0 < num_left < 20  # where there are two things
+
+
+def test_of_a_sound_alone_nothing_is_left_open(reader):
+    dataset = WorldSamples(reader, SEED, 20, leaves_open=True, medium="audio")
+    assert all(dataset[index].left_open is None for index in range(20))
+
+
+def test_what_is_left_open_stays_so_when_it_is_spelled(reader):
+    whole, spelled = (
+        WorldSamples(reader, SEED, 40, leaves_open=True, spelled=share, medium="video")
+        for share in (0.0, 0.99)
+    )
+    for index in range(40):
+        for row, told in zip(spelled[index].rows, whole[index].rows, strict=True):
+            assert row_texts(reader, row)[1] == row_texts(reader, told)[1]
 
 
 def test_the_plain_form_has_instruction_and_caption_and_no_template(checkpoint, reader):

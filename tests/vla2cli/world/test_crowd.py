@@ -1,6 +1,7 @@
 """What the labels of a crowd say is what its pixels show."""
 
 import colorsys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,9 +9,18 @@ from PIL import Image
 
 from vla2cli.world import crowd as crowd_module
 from vla2cli.world.clip import WorldClip
-from vla2cli.world.crowd import COLOUR_NAMES, KINDS, SCENE_NAMES, UNNAMED, draw_crowd
-from vla2cli.world.picture import draw_frame, draw_silhouette
-from vla2cli.world.vocabulary import COLOURS, OBJECTS, SHAPES
+from vla2cli.world.crowd import (
+    COLOUR_NAMES,
+    KINDS,
+    SCENE_NAMES,
+    SHAPE,
+    SHAPE_NAMES,
+    UNNAMED,
+    draw_crowd,
+)
+from vla2cli.world.facts import Thing, is_held_out_shape
+from vla2cli.world.picture import draw_frame
+from vla2cli.world.vocabulary import COLOURS, SHAPES
 
 SIDE, GRID = 112, 8
 SEED = 5
@@ -18,7 +28,29 @@ SEED = 5
 
 @pytest.fixture(scope="module")
 def crowds():
-    return [draw_crowd(SEED, index, SIDE, GRID) for index in range(150)]
+    return [draw_crowd(SEED, index, SIDE, GRID) for index in range(250)]
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """All things of other crowds."""
+    found = []
+    draw = crowd_module.draw_frame
+
+    def watch(frame, placed):
+        found.extend(placed)
+        return draw(frame, placed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(crowd_module, "draw_frame", watch)
+        for index in range(500):
+            draw_crowd(SEED, index, side=32, grid=4)
+    return found
+
+
+@pytest.fixture(scope="module")
+def painted(drawn):
+    return [item for item in drawn if item.thing.paint is not None]
 
 
 def patches_of(crowd):
@@ -52,8 +84,7 @@ def test_a_patch_of_the_background_shows_little_of_anything(crowds):
 
 def test_shapes_have_a_colour_and_objects_their_own(crowds):
     for crowd in crowds:
-        is_shape = crowd.kinds > len(OBJECTS)
-        assert ((crowd.colours > 0) == is_shape).all()
+        assert ((crowd.colours != 0) == (crowd.kinds == KINDS.index(SHAPE) + 1)).all()
 
 
 def test_every_thing_has_one_centre_and_most_are_named_there(crowds):
@@ -83,85 +114,69 @@ def test_a_scene_has_the_brightness_of_its_name(crowds):
     assert max(means, key=means.get) == "snow"
 
 
-def test_colours_and_shapes_go_together_as_in_training_clips():
-    crowded = set()
-    for index in range(500):
-        crowd = draw_crowd(SEED, index, side=32, grid=4)
-        pairs = np.stack([crowd.kinds, crowd.colours], -1)[crowd.colours > 0]
-        crowded |= {(KINDS[kind - 1], COLOUR_NAMES[colour - 1]) for kind, colour in pairs}
+def test_colours_and_shapes_go_together_as_in_training_clips(drawn):
+    crowded = {
+        (item.thing.name, item.thing.colour) for item in drawn if item.thing.colour is not None
+    }
     things = [t for i in range(2000) for t in WorldClip(SEED, i, "train").facts.things]
     assert crowded == {(thing.name, thing.colour) for thing in things if thing.is_shape}
     assert len(crowded) == len(SHAPES) * (len(COLOURS) - 1)
 
 
-def test_of_striped_crowds_no_shape_s_form_and_colour_are_both_told(crowds):
-    num_told = num_shapes = num_gray = 0
-    for index, plain in enumerate(crowds):
-        crowd = draw_crowd(SEED, index, SIDE, GRID, striped=0.6)
-        np.testing.assert_array_equal(crowd.centres, plain.centres)
-        form_is_told, colour_is_told = crowd.kinds != UNNAMED, crowd.colours != UNNAMED
-        np.testing.assert_array_equal(crowd.kinds[form_is_told], plain.kinds[form_is_told])
-        np.testing.assert_array_equal(crowd.colours[colour_is_told], plain.colours[colour_is_told])
-        is_shape = plain.kinds > len(OBJECTS)
-        if (crowd.frame == crowd.frame[..., :1]).all():
-            num_gray += 1
-            assert form_is_told.all()
-            assert not colour_is_told[plain.kinds > 0].any()
-        else:
-            assert (form_is_told ^ colour_is_told)[is_shape].all()
-            assert (form_is_told & colour_is_told)[~is_shape].all()
-            num_told += (form_is_told & is_shape).sum()
-            num_shapes += is_shape.sum()
-    assert 0.5 < num_told / num_shapes < 0.7
-    assert 0.15 < num_gray / len(crowds) < 0.35
+def test_which_shape_it_is_is_told_where_its_colour_leaves_all_of_them_open(crowds):
+    possible = {
+        colour: {shape for shape in SHAPES if not is_held_out_shape(Thing(shape, colour))}
+        for colour in COLOUR_NAMES
+    }
+    open_colours = {colour for colour, shapes in possible.items() if shapes == set(SHAPES)}
+    assert open_colours == {"red", "orange"}
+    told = Counter()
+    for crowd in crowds:
+        is_shape = crowd.kinds == KINDS.index(SHAPE) + 1
+        assert (crowd.shapes[~is_shape] == UNNAMED).all()
+        for shape, number in zip(crowd.shapes[is_shape], crowd.colours[is_shape], strict=True):
+            colour = None if number == UNNAMED else COLOUR_NAMES[number - 1]
+            assert (shape != UNNAMED) == (colour is None or colour in open_colours)
+            told[SHAPE_NAMES[shape] if shape != UNNAMED else None, colour] += 1
+    assert {pair for pair in told if pair[0] is not None} == {
+        (shape, colour) for shape in SHAPES for colour in (None, *open_colours)
+    }
 
 
-@pytest.fixture
-def striped(monkeypatch):
-    """The striped shapes of some crowds."""
-    found = []
-    draw = crowd_module.draw_frame
-
-    def watch(frame, placed):
-        found.extend(item for item in placed if item.stripes is not None)
-        return draw(frame, placed)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(crowd_module, "draw_frame", watch)
-        for index in range(150):
-            draw_crowd(SEED, index, 32, 4, striped=0.9)
-    return found
+def test_no_paint_is_like_a_colour_that_a_shape_lacks(painted):
+    assert len(painted) > 200
+    lacked = [COLOURS[colour] for colour in ("green", "blue", "yellow", "purple")]
+    for item in painted:
+        assert item.thing.is_shape
+        hue, saturation, _ = (np.array(colorsys.rgb_to_hsv(*item.thing.paint))).tolist()
+        if saturation < 0.25:
+            continue
+        for colour in lacked:
+            gap = abs(hue - colorsys.rgb_to_hsv(*colour)[0])
+            assert min(gap, 1 - gap) > 0.05  # turns: 18 degrees
 
 
-def test_neither_colour_of_stripes_is_most_of_a_shape(striped):
-    assert len(striped) > 100
-    for item in striped:
-        frame = draw_frame(Image.new("RGB", (SIDE, SIDE)), [item]).astype(int)
-        pixels = frame[draw_silhouette(item, SIDE) > 0.99]
-        apart = [
-            np.abs(pixels - colour).max(-1) for colour in (item.stripes.first, item.stripes.second)
-        ]
-        share = (apart[0] < apart[1]).mean()
-        assert 0.25 < share < 0.75, item
+def test_what_is_painted_shows_its_paint(painted):
+    for item in painted[:50]:
+        frame = draw_frame(Image.new("RGB", (SIDE, SIDE)), [item])
+        at = int(item.y * SIDE), int(item.x * SIDE)
+        assert frame[at].tolist() == list(item.thing.paint)
 
 
-def test_the_colours_of_stripes_follow_from_no_shape(striped):
+def test_paints_follow_from_no_shape(painted):
     hues = {name: [] for name in SHAPES}
-    for item in striped:
-        for colour in (item.stripes.first, item.stripes.second):
-            hues[item.thing.name].append(colorsys.rgb_to_hsv(*colour)[0])
+    for item in painted:
+        hues[item.thing.name].append(colorsys.rgb_to_hsv(*item.thing.paint)[0])
+    everywhere = np.exp(2j * np.pi * np.concatenate(list(hues.values()))).mean()
     for name, of_shape in hues.items():
-        # all around the circle: a sixth of it, as wide as a named colour, is never empty
-        counts, _ = np.histogram(of_shape, bins=6, range=(0, 1))
-        assert counts.min() > 0, name
-        # the mean direction of even hues is 1 / sqrt(n) long
-        length = abs(np.exp(2j * np.pi * np.array(of_shape)).mean())
-        assert length < 3 / len(of_shape) ** 0.5, name
+        # the mean direction of n random ones is about 1 / sqrt(n) off
+        mean = np.exp(2j * np.pi * np.array(of_shape)).mean()
+        assert abs(mean - everywhere) < 3 / len(of_shape) ** 0.5, name
 
 
 def test_a_crowd_follows_from_its_seed_and_number():
     one, same = (draw_crowd(SEED, 3, SIDE, GRID) for _ in range(2))
-    for name in ("frame", "kinds", "colours", "centres"):
+    for name in ("frame", "kinds", "shapes", "colours", "centres"):
         np.testing.assert_array_equal(getattr(one, name), getattr(same, name))
     others = draw_crowd(SEED, 4, SIDE, GRID), draw_crowd(SEED + 1, 3, SIDE, GRID)
     assert all((one.frame != other.frame).any() for other in others)
