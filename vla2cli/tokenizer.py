@@ -162,13 +162,13 @@ class Tokenizer:
                 text = text.replace(found, wanted)
         return text
 
-    def whole(self, word: str) -> list[int]:
+    def whole_word(self, word: str) -> list[int]:
         """List the pieces that are a whole word, with a space before it or without."""
         found = (self.pieces.find(space + word) for space in ("", self.pieces.SPACE))
         return [id_ for id_ in found if id_ is not None]
 
-    def halves(self, id_: int) -> list[tuple[int, int]]:
-        """List the pairs of pieces that a piece of letters is made of, none for any other id."""
+    def splits(self, id_: int) -> list[tuple[int, int]]:
+        """List the pairs of pieces that join to a piece of letters, none for any other id."""
         if not 0 <= id_ < self.pieces.num_ids:
             return []
         if not self.pieces.decode([id_]).strip(" ").isalpha():

@@ -397,21 +397,21 @@ def test_qwen2_text_goes_there_and_back_composed(qwen2_folder):
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_the_halves_of_a_piece_of_letters_join_to_it(kind, qwen2_folder):
+def test_what_a_piece_of_letters_splits_into_joins_to_it(kind, qwen2_folder):
     folder = qwen2_folder if kind == "qwen2" else BUILTIN_FOLDER
     tokenizer = load_tokenizer(folder)
     num_cut = 0
     for piece in range(tokenizer.num_tokens):
-        halves = tokenizer.halves(piece)
-        num_cut += bool(halves)
-        assert not halves or tokenizer.decode([piece]).strip().isalpha()
-        for pair in halves:
+        splits = tokenizer.splits(piece)
+        num_cut += bool(splits)
+        assert not splits or tokenizer.decode([piece]).strip().isalpha()
+        for pair in splits:
             spelling = "".join(map(tokenizer.pieces.spelling, pair))
             assert spelling == tokenizer.pieces.spelling(piece)
     assert num_cut > 50
     for text in (".", tokenizer.eos_token, "\n", "7"):
-        assert all(tokenizer.halves(piece) == [] for piece in tokenizer.encode(text)), text
-    assert tokenizer.halves(-201) == tokenizer.halves(10**6) == []
+        assert all(tokenizer.splits(piece) == [] for piece in tokenizer.encode(text)), text
+    assert tokenizer.splits(-201) == tokenizer.splits(10**6) == []
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -419,7 +419,7 @@ def test_a_whole_word_is_one_piece_at_each_place_where_it_is_encoded_as_one(kind
     folder = qwen2_folder if kind == "qwen2" else BUILTIN_FOLDER
     tokenizer = load_tokenizer(folder)
     words = ("the", "green", "circles", "in", "xylophone")
-    found = {word: set(tokenizer.whole(word)) for word in words}
+    found = {word: set(tokenizer.whole_word(word)) for word in words}
     assert found["in"]
     assert not found["xylophone"]
     for word, pieces in found.items():

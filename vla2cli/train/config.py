@@ -321,6 +321,10 @@ def _check_world(config: TrainConfig) -> None:
         raise UsageError("pack is for files; world.questions about a clip are packed; leave it out")
     if config.stage == TOWERS and world.exam_steps is not None:
         raise UsageError(f"world.exam_steps: stage {TOWERS} answers no questions; leave it out")
+    if config.stage == TOWERS and (world.apart or world.spelled):
+        raise UsageError(
+            f"world.apart and world.spelled are for stages with text; leave them out of {TOWERS}"
+        )
     if config.stage == TOWERS and config.train != STAGES[TOWERS].trained:
         raise UsageError(f"stage {TOWERS} trains both towers and nothing else; leave train out")
     if world.exam_steps is not None and world.seed == EXAM_SEED:
@@ -368,8 +372,8 @@ def _plain(value: Any, kind: Kind | None) -> Any:
     """Make a number of a text that stands for one."""
     is_number = kind is not None and kind[0] in (
         _is_positive,
+        _is_below_1,
         _is_share,
-        _is_fraction,
         _is_number_from_0,
     )
     return float(value) if is_number else value
@@ -387,11 +391,11 @@ def _is_positive(value: Any) -> bool:
     return _is_number(value) and float(value) > 0
 
 
-def _is_fraction(value: Any) -> bool:
+def _is_share(value: Any) -> bool:
     return _is_number_from_0(value) and float(value) <= 1
 
 
-def _is_share(value: Any) -> bool:
+def _is_below_1(value: Any) -> bool:
     return _is_number(value) and 0 <= float(value) < 1
 
 
@@ -451,7 +455,7 @@ KINDS: Mapping[str, Kind] = {
     "data": (_is_entries, "a list of {file, folder, weight}"),
     "world": (lambda value: isinstance(value, dict), "{clips, seed, questions, …}"),
     "muon_learning_rate": (_is_positive, "a number above 0"),
-    "warmup_ratio": (_is_share, "a number from 0 to below 1"),
+    "warmup_ratio": (_is_below_1, "a number from 0 to below 1"),
     "weight_decay": (_is_number_from_0, "a number from 0"),
     "max_length": _COUNT,
     "pack": _COUNT,
@@ -484,12 +488,12 @@ WORLD_KINDS: Mapping[str, Kind] = {
     "medium": _one_of(*MEDIA),
     "word_weight": (_is_number_from_0, "a number from 0"),
     "word_share": (_is_number_from_0, "a number from 0"),
-    "apart": (_is_fraction, "a number from 0 to 1"),
-    "spelled": (_is_share, "a number from 0 to below 1"),
+    "apart": (_is_share, "a number from 0 to 1"),
+    "spelled": (_is_share, "a number from 0 to 1"),
     "exam_steps": _COUNT,
 }
 LORA_KINDS: Mapping[str, Kind] = {
     "r": _COUNT,
     "alpha": (_is_positive, "a number above 0"),
-    "dropout": (_is_share, "a number from 0 to below 1"),
+    "dropout": (_is_below_1, "a number from 0 to below 1"),
 }

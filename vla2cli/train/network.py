@@ -82,12 +82,14 @@ class TrainedNetwork(nn.Module):
             word_targets: for each row (num_media_tokens, K) words that the media's tokens are to
                 name by themselves, `IGNORED` for none; None for a row without.
             word_weight: of that second loss, the mean over all words that are given.
-            left_open: for each row the ids that neither loss may choose from; None for none.
+            left_open: for each row the ids that are out of the choice in both losses, but where
+                one is the label itself; None for none.
             num_items_in_batch: learned tokens of all micro-batches and processes that make one
                 step; None for those of this batch.
 
         Returns:
-            `loss`, and `logits` (B, L', V) of the spliced rows when the module is evaluated.
+            `loss`, and when the module is evaluated `logits` (B, L', V) of the spliced rows, of
+            all ids.
         """
         tokens = self.encode(media)
         spliced = splice_rows(self.model, input_ids, attention_mask, labels, tokens, segments)
@@ -95,11 +97,12 @@ class TrainedNetwork(nn.Module):
         row, position = spliced.learned
         logits = self._head(hidden[row, spliced.predictors[row, position]])
         is_open = None if left_open is None else _mark(left_open, logits)
+        labels = spliced.labels[row, position]
         if is_open is not None:
-            logits = logits.masked_fill(is_open[row], -torch.inf)
-        total = functional.cross_entropy(
-            logits.float(), spliced.labels[row, position], reduction="sum"
-        )
+            # the label may be a piece of another word
+            barred = is_open[row].scatter(1, labels[:, None], False)
+            logits = logits.masked_fill(barred, -torch.inf)
+        total = functional.cross_entropy(logits.float(), labels, reduction="sum")
         # at least 1: there may be nothing but bad samples in the whole step
         counted = len(row) if num_items_in_batch is None else num_items_in_batch
         num_items = torch.as_tensor(counted, device=total.device).clamp(min=1)
@@ -234,11 +237,11 @@ class TrainedNetwork(nn.Module):
         words = torch.cat(
             [functional.pad(w, (0, num_words - w.shape[1]), value=IGNORED) for _, w, _ in different]
         ).to(media_tokens.device)
-        row = torch.tensor([row for _, w, row in different for _ in range(len(w))])
         is_named = (words != IGNORED).any(1)
         logits = self._name(media_tokens[is_named])
         if is_open is not None:
-            logits = logits.masked_fill(is_open[row.to(is_named.device)[is_named]], -torch.inf)
+            barred = torch.cat([is_open[row].expand(len(w), -1) for _, w, row in different])
+            logits = logits.masked_fill(barred[is_named], -torch.inf)
         words = words[is_named]
         is_word = words != IGNORED
         named = logits.log_softmax(-1).gather(1, words.clamp(min=0))[is_word]
@@ -280,11 +283,12 @@ class TrainedNetwork(nn.Module):
 
 def _mark(left_open: Sequence[Tensor | None], logits: Tensor) -> Tensor:
     """Mark the ids of each row: (rows, V) bool."""
-    is_open = torch.zeros(len(left_open), logits.shape[-1], dtype=torch.bool)
+    shape = len(left_open), logits.shape[-1]
+    is_open = torch.zeros(shape, dtype=torch.bool, device=logits.device)
     for row, ids in zip(is_open, left_open, strict=True):
         if ids is not None:
             row[ids] = True
-    return is_open.to(logits.device)
+    return is_open
 
 
 def _is_trained(*parts: nn.Module | None) -> bool:

@@ -3,7 +3,9 @@
 A model that learns to read from few words meets most pieces of its vocabulary only so; without it
 a word that is taught later is made of pieces that it cannot tell apart.
 
-Source: Kudo 2018, arXiv:1804.10959: a text has many segmentations, and training may see them all.
+Source: subword regularisation, Kudo 2018, arXiv:1804.10959: a text has many segmentations, and
+training may see them all. As in BPE-dropout (Provilkov et al. 2020, arXiv:1910.13267) no model of
+their likelihood is needed: here each piece is split again and again by chance.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import numpy as np
 from vla2cli.tokenizer import Tokenizer
 from vla2cli.train.conversation import IGNORED, Row
 
-_CUT = 0.5  # how often a piece that can be cut is
+_SPLIT_SHARE = 0.5  # of the pieces that can be
 
 
 class Speller:
@@ -27,7 +29,7 @@ class Speller:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._halves: dict[int, list[tuple[int, int]]] = {}
+        self._splits: dict[int, list[tuple[int, int]]] = {}
 
     def spell(self, row: Row, rng: np.random.Generator) -> Row:
         """Cut pieces of a row by chance; its text is the same, and what of it is learned.
@@ -44,11 +46,11 @@ class Speller:
         return Row(tuple(ids), tuple(labels))
 
     def _cut(self, id_: int, rng: np.random.Generator) -> Iterator[int]:
-        if id_ not in self._halves:
-            self._halves[id_] = self.tokenizer.halves(id_)
-        halves = self._halves[id_]
-        if not halves or rng.random() >= _CUT:
+        if id_ not in self._splits:
+            self._splits[id_] = self.tokenizer.splits(id_)
+        splits = self._splits[id_]
+        if not splits or rng.random() >= _SPLIT_SHARE:
             yield id_
             return
-        for half in halves[int(rng.integers(len(halves)))]:
-            yield from self._cut(half, rng)
+        for part in splits[int(rng.integers(len(splits)))]:
+            yield from self._cut(part, rng)

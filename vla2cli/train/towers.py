@@ -1,8 +1,8 @@
 """The stage before the paper's: both towers learn, from nothing, what each of their patches shows.
 
 The public towers were trained by others on what no one here has. These see crowded pictures of the
-drawn world and hear its sounds; linear heads name the kind, colour and scene of each patch and the
-sound of each moment, and are thrown away afterwards.
+drawn world and hear its sounds; linear heads name the kind, shape, colour, centre and scene of each
+patch and the sound of each moment, and are thrown away afterwards.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ language model that has never seen text learns from them at once what a token me
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -33,9 +33,9 @@ from vla2cli.train.towers import middles
 from vla2cli.world.clip import WorldClip
 from vla2cli.world.damage import spoil
 from vla2cli.world.encode import NUM_FRAMES, SIDE
-from vla2cli.world.facts import DURATION_S, Thing, lacked_colour
+from vla2cli.world.facts import DURATION_S, Thing, open_words
 from vla2cli.world.picture import draw_silhouette
-from vla2cli.world.vocabulary import SCENES, SHAPES
+from vla2cli.world.vocabulary import SCENES
 from vla2cli.world.words import Question
 
 NUM_WORDS = 8  # targets of one token at most
@@ -190,7 +190,7 @@ class WorldSamples(Dataset[Sample]):
         is_spoiled: whether frames are damaged as by a codec.
         spelled: share of the conversations whose words are cut into smaller pieces.
         apart: share of the shapes that have the form or the colour alone.
-        leaves_open: whether nothing is said about pairs that training lacks, see `name_open`.
+        leaves_open: whether nothing is said about pairs that training lacks, see `open_words`.
     """
 
     def __init__(
@@ -233,9 +233,7 @@ class WorldSamples(Dataset[Sample]):
         media = self.reader.media(clip, medium, rng if self.is_spoiled else None)
         sample = self.reader.sample(clip, medium, questions, media)
         if self.leaves_open and medium != "audio":
-            words = sorted(name_open(clip.facts.things))
-            ids = [id_ for word in words for id_ in self.reader.tokenizer.whole(word)]
-            sample = leave_open(sample, torch.tensor(ids, dtype=torch.int64))
+            sample = _leave_open(sample, open_words(clip.facts.things), self.reader.tokenizer)
         rows = (
             self._speller.spell(row, rng) if rng.random() < self.spelled else row
             for row in sample.rows
@@ -270,33 +268,17 @@ def _show(clip: WorldClip, moments: Sequence[float], grid: int) -> list[list[Thi
     return shown
 
 
-def name_open(things: Sequence[Thing]) -> set[str]:
-    """List the words that are neither right nor wrong about clips of these things.
-
-    A pair that training lacks is no reason to deny it, and what is denied is learned long before a
-    form is told from another: that green means "not a circle". So of a shape nothing is said about
-    the colour that it lacks, nor of a colour about the shape that lacks it.
-    """
-    words: set[str] = set()
-    for thing in things:
-        if thing.is_shape:
-            words.add(lacked_colour(thing.name))
-            lacking = [shape for shape in SHAPES if lacked_colour(shape) == thing.colour]
-            words.update(lacking, (SHAPES[shape] for shape in lacking))
-    return words
-
-
-def leave_open(sample: Sample, ids: Tensor) -> Sample:
-    """Take words out of what a sample teaches."""
-    left_open = set(ids.tolist())
+def _leave_open(sample: Sample, words: Collection[str], tokenizer: Tokenizer) -> Sample:
+    """Take words out of what a sample teaches, wherever each is one piece."""
+    left_open = {i for word in words for i in tokenizer.whole_word(word)}
+    ids = torch.tensor(sorted(left_open), dtype=torch.int64)
     rows = tuple(
         Row(row.input_ids, tuple(IGNORED if i in left_open else i for i in row.labels))
         for row in sample.rows
     )
-    words = sample.word_targets
-    if words is not None:
-        words = words.masked_fill(torch.isin(words, ids), IGNORED)
-    return replace(sample, rows=rows, word_targets=words, left_open=ids)
+    assert sample.word_targets is not None
+    targets = sample.word_targets.masked_fill(torch.isin(sample.word_targets, ids), IGNORED)
+    return replace(sample, rows=rows, word_targets=targets, left_open=ids)
 
 
 def _part(names: Sequence[Name], at: int, num: int) -> Name:

@@ -1,8 +1,8 @@
 """Form and colour apart: shapes of which one of the two has a name, and says nothing of the other.
 
 Each shape lacks a colour in training. A model that meets both together before it can tell forms
-learns that green means "not a circle"; here it meets every form in paints of all hues but those
-that some shape lacks, and every colour on forms without a name.
+learns that green means "not a circle"; here it meets every form in paints like none of the six
+colours, grays among them, and every colour on forms without a name.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def mix_paint(rng: np.random.Generator, unlike: Collection[str]) -> Colour:
     while True:
         hue, saturation, value = rng.uniform((0, 0, 0.15), (1, 1, 1)).tolist()
         gaps = (abs((hue - _hue(colour) + 0.5) % 1 - 0.5) for colour in unlike)
-        if saturation < _GRAY or min(gaps) > _HUE_GAP:
+        if saturation < _GRAY or all(gap > _HUE_GAP for gap in gaps):
             r, g, b = colorsys.hsv_to_rgb(hue, saturation, value)
             return round(255 * r), round(255 * g), round(255 * b)
 

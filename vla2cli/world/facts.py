@@ -7,6 +7,7 @@ in training, but some of their pairs only in the held-out split, and each held-o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,10 +41,10 @@ _SILENT_SHARE = 0.2
 class Thing:
     """Something that is seen."""
 
-    name: str  # of OBJECTS or SHAPES, or a guest's
-    colour: str | None = None  # of COLOURS; None for an object, which has its own colours
+    name: str  # of OBJECTS or SHAPES, NAMELESS, or a guest's
+    colour: str | None = None  # of COLOURS; None for a painted shape and for an object
     paint: Colour | None = None  # of a shape, in the place of a colour that has a name
-    form: int | None = None  # of a coloured thing whose form has no name, which of them it is
+    form: int | None = None  # of what is NAMELESS: the number of its form
     picture: str | None = None  # file of a guest: an object that the world does not have
 
     @property
@@ -103,7 +104,7 @@ def draw_facts(seed: int, index: int, split: str, guest: Thing | None = None) ->
 
 def has_held_out(facts: Facts) -> bool:
     """Tell whether a clip has a combination that no training clip has."""
-    objects = [thing.name for thing in facts.things if not thing.is_shape]
+    objects = [thing.name for thing in facts.things if thing.name in OBJECTS]
     return (
         any(is_held_out_shape(thing) for thing in facts.things)
         or any(is_held_out_motion(name, facts.motion) for name in objects)
@@ -129,7 +130,7 @@ def is_held_out_sound(name: str, sound: str | None) -> bool:
 
 def is_held_out_shape(thing: Thing) -> bool:
     """Tell whether a shape never has this colour in training."""
-    return thing.colour is not None and thing.colour == lacked_colour(thing.name)
+    return thing.is_shape and thing.colour == lacked_colour(thing.name)
 
 
 def lacked_colour(shape: str) -> str:
@@ -138,6 +139,22 @@ def lacked_colour(shape: str) -> str:
 
 
 LACKED_COLOURS = frozenset(map(lacked_colour, SHAPES))
+
+
+def open_words(things: Sequence[Thing]) -> set[str]:
+    """List the words that are neither right nor wrong, in training, about clips of these things.
+
+    A pair that training lacks is no reason to deny it, and what is denied is learned long before a
+    form is told from another: that green means "not a circle". So of a named shape nothing is said
+    about the colour that it lacks, nor of its colour about the shape that lacks it.
+    """
+    words: set[str] = set()
+    for thing in things:
+        if thing.is_shape:
+            words.add(lacked_colour(thing.name))
+            lacking = [shape for shape in SHAPES if lacked_colour(shape) == thing.colour]
+            words.update(lacking, (SHAPES[shape] for shape in lacking))
+    return words
 
 
 def generator(seed: int, index: int, split: str, *, purpose: int) -> np.random.Generator:

@@ -343,6 +343,20 @@ def test_what_is_left_open_is_out_of_the_choice_of_both_losses(pack):
     torch.testing.assert_close(both, (found + without) / 2, atol=CLOSE, rtol=0)
 
 
+def test_a_label_stays_in_the_choice_though_it_is_left_open():
+    network = tiny_network().eval()
+    sample = sample_of(tiny_rows()[:1], tiny_media())
+    with torch.no_grad():
+        logits, labels = logits_of_labels(network, sample)
+        open_ids = torch.tensor(sorted({int(labels[0]), 17}))
+        barred = torch.zeros_like(logits, dtype=torch.bool)
+        barred[:, open_ids] = True
+        barred[torch.arange(len(labels)), labels] = False
+        expected = functional.cross_entropy(logits.masked_fill(barred, -torch.inf), labels)
+        found = run(network, [replace(sample, left_open=open_ids)], COLLATOR)["loss"]
+    torch.testing.assert_close(found, expected, atol=CLOSE, rtol=0)
+
+
 def test_words_for_another_number_of_tokens_are_refused():
     network = tiny_network()
     sample = sample_of(tiny_rows()[:1], tiny_media(), torch.zeros(3, 1, dtype=torch.int64))

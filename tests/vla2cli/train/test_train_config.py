@@ -32,7 +32,7 @@ def test_numbers_may_be_written_as_yaml_does_not_read_them(key):
 def test_numbers_below_a_key_may_be_written_so_too():
     shares = {"word_share": "2e-1", "apart": "1e0", "spelled": "3e-1"}
     world = {**CLIPS, "word_weight": "1e-2", **shares}
-    config = make_config({**GIVEN, "stage": "towers", "world": world})
+    config = make_config({**GIVEN, "stage": "joint", "world": world})
     assert (config.world.word_weight, config.world.word_share) == (0.01, 0.2)
     assert (config.world.apart, config.world.spelled) == (1, 0.3)
     assert make_config({**GIVEN, "lora": {"dropout": "1e-2"}}).lora.dropout == 0.01
@@ -122,7 +122,7 @@ def test_of_a_world_only_its_size_has_to_be_given():
         ({"world": {**CLIPS, "medium": "image"}}, 'medium of world is "image", expected one of av'),
         ({"world": {**CLIPS, "word_share": -1}}, "word_share of world is -1, expected a number"),
         ({"world": {**CLIPS, "apart": 1.5}}, "apart of world is 1.5, expected a number from 0"),
-        ({"world": {**CLIPS, "spelled": 1}}, "spelled of world is 1, expected a number from 0"),
+        ({"world": {**CLIPS, "spelled": 2}}, "spelled of world is 2, expected a number from 0"),
         ({"world": {**CLIPS, "exam_steps": 0}}, "exam_steps of world is 0, expected a whole"),
         ({"world": CLIPS, "data": FILES}, "world and data exclude each other; give one"),
         ({"world": CLIPS, "num_frames": 4}, "clips of world have the model's own; leave it out"),
@@ -132,6 +132,10 @@ def test_of_a_world_only_its_size_has_to_be_given():
         (
             {"stage": "towers", "world": {**CLIPS, "exam_steps": 5}},
             "stage towers answers no questions; leave it out",
+        ),
+        (
+            {"stage": "towers", "world": {**CLIPS, "spelled": 0.2}},
+            "world.apart and world.spelled are for stages with text; leave them out of towers",
         ),
         (
             {"stage": "towers", "world": CLIPS, "train": ["mm_projector"]},

@@ -289,7 +289,7 @@ def test_a_pair_that_training_lacks_is_neither_told_nor_denied(reader):
         assert not left_open & set(sample.word_targets.ravel().tolist())
         num_open += bool(expected)
     assert 20 < num_open < NUM_CLIPS
-    assert 0 < num_left < 20  # where there are two things
+    assert 0 < num_left < 20  # the words of two things, and of green meadows and the blue sea
 
 
 def test_of_a_sound_alone_nothing_is_left_open(reader):
@@ -297,14 +297,37 @@ def test_of_a_sound_alone_nothing_is_left_open(reader):
     assert all(dataset[index].left_open is None for index in range(20))
 
 
-def test_what_is_left_open_stays_so_when_it_is_spelled(reader):
+@pytest.mark.parametrize("apart", [0.0, 0.5])
+def test_what_is_left_open_stays_so_when_it_is_spelled(apart, reader):
     whole, spelled = (
-        WorldSamples(reader, SEED, 40, leaves_open=True, spelled=share, medium="video")
-        for share in (0.0, 0.99)
+        WorldSamples(reader, SEED, 60, leaves_open=True, spelled=share, apart=apart, medium="video")
+        for share in (0, 1)
     )
-    for index in range(40):
-        for row, told in zip(spelled[index].rows, whole[index].rows, strict=True):
+    for index in range(60):
+        sample = spelled[index]
+        left_open = set(sample.left_open.tolist())
+        for row, told in zip(sample.rows, whole[index].rows, strict=True):
             assert row_texts(reader, row)[1] == row_texts(reader, told)[1]
+            assert not left_open & set(row.labels)
+
+
+def test_a_lesson_takes_shapes_apart_spells_and_leaves_open(checkpoint, reader, tmp_path):
+    world = {"clips": 40, "seed": SEED, "medium": "video"}
+    given = {"medium": "video", "num_questions": 6, "leaves_open": True}
+    found = {}
+    for key in ("apart", "spelled"):
+        config = configured(
+            tmp_path, tmp_path, "joint", model="m", train=["mm_projector"], world={**world, key: 1}
+        )
+        lesson, expected = (
+            open_lesson(config, checkpoint).dataset,
+            WorldSamples(reader, SEED, 40, **{**given, key: 1}),
+        )
+        for index in range(20):
+            assert lesson[index].rows == expected[index].rows
+            assert lesson[index].left_open.equal(expected[index].left_open)
+        found[key] = [lesson[index].rows for index in range(20)]
+    assert found["apart"] != found["spelled"]
 
 
 def test_the_plain_form_has_instruction_and_caption_and_no_template(checkpoint, reader):

@@ -8,7 +8,7 @@ import pytest
 
 from vla2cli.world.apart import NUM_FORMS, mix_paint
 from vla2cli.world.clip import WorldClip
-from vla2cli.world.facts import Thing
+from vla2cli.world.facts import Thing, has_held_out, is_held_out_shape
 from vla2cli.world.picture import draw_silhouette
 from vla2cli.world.staging import Placed
 from vla2cli.world.vocabulary import COLOURS, NAMELESS, SHAPES
@@ -43,6 +43,27 @@ def test_taken_apart_a_shape_keeps_its_form_or_its_colour():
     assert min(kept.values()) > 60
 
 
+def hue_of(paint):
+    """In turns; None: nearly gray, of no hue to speak of."""
+    hue, saturation, _ = colorsys.rgb_to_hsv(*(channel / 255 for channel in paint))
+    return hue if saturation >= 0.25 else None
+
+
+def is_like(hue, colour):
+    gap = abs(hue - hue_of(COLOURS[colour]))
+    return min(gap, 1 - gap) < 0.05  # turns: 18 degrees
+
+
+def test_nothing_held_out_gets_into_training_by_it():
+    for _, apart in pairs(0.7):
+        assert not has_held_out(apart.facts)
+        for thing in apart.facts.things:
+            if thing.paint is not None and (hue := hue_of(thing.paint)) is not None:
+                assert not any(is_like(hue, colour) for colour in COLOURS)
+    for colour in COLOURS:
+        assert not is_held_out_shape(Thing(NAMELESS, colour, form=3))
+
+
 def test_of_a_clip_nothing_else_changes():
     for whole, apart in pairs(1.0):
         for name in ("plot", "scene", "motion", "place", "number", "sound", "time"):
@@ -71,19 +92,12 @@ def test_no_text_about_it_names_form_and_colour():
     assert {"shape", "colour", "object", "order", "count"} <= asked
 
 
-@pytest.mark.parametrize("unlike", [["green"], list(COLOURS)], ids=["one", "all"])
+@pytest.mark.parametrize("unlike", [[], ["green"], list(COLOURS)], ids=["none", "one", "all"])
 def test_a_paint_is_like_none_of_the_colours_it_is_not_to_be_like(unlike):
     rng = np.random.default_rng(0)
-    hues = []
-    for _ in range(500):
-        paint = mix_paint(rng, unlike)
-        hue, saturation, _ = colorsys.rgb_to_hsv(*(channel / 255 for channel in paint))
-        if saturation < 0.25:
-            continue
-        hues.append(hue)
-        for colour in unlike:
-            gap = abs(hue - colorsys.rgb_to_hsv(*COLOURS[colour])[0])
-            assert min(gap, 1 - gap) > 0.05  # turns: 18 degrees
+    found = [hue_of(mix_paint(rng, unlike)) for _ in range(500)]
+    hues = [hue for hue in found if hue is not None]
+    assert not any(is_like(hue, colour) for hue in hues for colour in unlike)
     # red, orange and yellow fill one sixth of the circle
     assert (np.histogram(hues, bins=6, range=(0, 1))[0] > 20).sum() >= 5
 

@@ -148,7 +148,7 @@ def test_no_paint_is_like_a_colour_that_a_shape_lacks(painted):
     lacked = [COLOURS[colour] for colour in ("green", "blue", "yellow", "purple")]
     for item in painted:
         assert item.thing.is_shape
-        hue, saturation, _ = (np.array(colorsys.rgb_to_hsv(*item.thing.paint))).tolist()
+        hue, saturation, _ = colorsys.rgb_to_hsv(*(channel / 255 for channel in item.thing.paint))
         if saturation < 0.25:
             continue
         for colour in lacked:
