@@ -44,8 +44,9 @@ from vla2cli.frontend.manifest import (
 from vla2cli.frontend.origin import origin_of
 from vla2cli.frontend.session import Session
 
-# how far a graph may be from PyTorch in float32. fp32: any value, as a share of it where it is
-# above 1. The others lose what they lose, which is told; beyond this they are of no use
+# how far a graph may be from PyTorch in float32. fp32: any value, as a share of it, or of the root
+# mean square of all where that is more, above 1. The others lose what they lose, which is told;
+# beyond this they are of no use
 WORST_FP32 = 1e-4
 WORST_RELATIVE = {"fp16": 0.05, "int8": 0.5}
 
@@ -214,7 +215,9 @@ def _compare(found: Tensor, wanted: Tensor, name: str, precision: str) -> Differ
     error = (found.float() - wanted).abs()
     difference = Difference(error.max().item(), (error.norm() / wanted.norm()).item())
     if precision == "fp32":
-        is_close = bool((error <= WORST_FP32 * wanted.abs().clamp(min=1)).all())
+        # a small value among large ones is a difference of large ones, and rounded as they are
+        size = wanted.abs().clamp(min=max(1.0, wanted.square().mean().sqrt().item()))
+        is_close = bool((error <= WORST_FP32 * size).all())
     else:
         is_close = difference.relative <= WORST_RELATIVE[precision]
     if not is_close:  # or not a number at all

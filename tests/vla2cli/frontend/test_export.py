@@ -277,6 +277,32 @@ def test_failure_is_one_line_and_leaves_nothing(connector, line, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+class Offset(nn.Module):
+    """Features of a root mean square of 50, the first of them 0 but for a random part of a size."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def forward(self, features):
+        flat = features.flatten(1, 2)
+        fifties = torch.full_like(flat, 50.0)
+        first = torch.arange(flat.shape[-1]) == 0
+        return torch.where(first, self.size * (1 + torch.rand_like(flat)), fifties)
+
+
+@pytest.mark.parametrize(("size", "is_refused"), [(1e-3, False), (0.1, True)])
+def test_a_small_value_among_large_ones_may_be_off_by_as_much_as_they(size, is_refused, tmp_path):
+    model = load_front(tiny_av_engine().checkpoint)
+    model.mm_projector = Offset(size)
+    if is_refused:
+        with pytest.raises(FrontendError, match="the exported graph is wrong in fp32, connector"):
+            export_frontend(model, tmp_path / "new", origin(), silence)
+    else:
+        manifest = export_frontend(model, tmp_path / "new", origin(), silence)
+        assert manifest.graphs["connector"].max_abs > 1e-4
+
+
 def test_nan_is_no_agreement(tmp_path):
     module = nn.Linear(4, 4).requires_grad_(False)
     module.weight.fill_(float("nan"))
