@@ -168,4 +168,7 @@ def _find(relative, folders):
     for folder in folders:
         if (folder / relative).exists():
             return folder / relative
-    pytest.skip(f"no '{relative}': set VLA2_SHARED to the folder with golden/, media/ and spec/")
+    pytest.skip(
+        f"no '{relative}': set VLA2_SHARED to the folder with golden/, media/ and spec/",
+        allow_module_level=True,
+    )

@@ -109,6 +109,8 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--write-card", action="store_true", help=f"put the table into {CARD}")
     options = parser.parse_args()
+    if options.count is not None and options.count < 1:
+        parser.error("--count is from 1")
     if options.write_card and options.count is not None:
         parser.error(f"--write-card is of {NUM_CLIPS} clips a kind: leave --quick, --count out")
     return options

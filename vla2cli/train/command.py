@@ -48,6 +48,7 @@ def train(
     wanted = read_config(config, settings or ())
     console.note(f"looking at '{wanted.model}' …")
     from vla2cli.stop import Stop
+    from vla2cli.train.log import SKIPPED, read_totals
     from vla2cli.train.run import describe, is_done
     from vla2cli.train.run import train as run
 
@@ -66,4 +67,7 @@ def train(
     if not trained.is_finished:
         console.note(f"stopped behind step {trained.step:,}; the same command goes on from there")
         raise typer.Exit(128 + (stop.signum or 0))
-    console.note(f"{count(trained.step, 'step')} done; try: vla2 ask … --model {wanted.output}")
+    output = Path(wanted.output)
+    if skipped := read_totals(output).skipped:
+        console.note(f"{count(skipped, 'sample')} skipped; '{output / SKIPPED}' names them")
+    console.note(f"{count(trained.step, 'step')} done; try: vla2 ask … --model {output}")

@@ -395,6 +395,10 @@ def _is_share(value: Any) -> bool:
     return _is_number_from_0(value) and float(value) <= 1
 
 
+def _is_seed(value: Any) -> bool:
+    return is_count(value) and value < 2**32  # as NumPy takes it
+
+
 def _is_below_1(value: Any) -> bool:
     return _is_number(value) and 0 <= float(value) < 1
 
@@ -469,7 +473,7 @@ KINDS: Mapping[str, Kind] = {
     "audio_tower": _TEXT,
     "save": _one_of(*SAVES),
     "save_dtype": _one_of(*SAVE_DTYPES),
-    "seed": (is_count, "a whole number from 0"),
+    "seed": (_is_seed, "a whole number from 0 to below 2^32"),
     "save_steps": _COUNT,
     "log_steps": _COUNT,
     "workers": (is_count, "a whole number from 0"),

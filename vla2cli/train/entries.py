@@ -108,6 +108,11 @@ def _utterance(turn: Any, where: str) -> Utterance:
         raise _bad(f"{where}: 'from' is {speaker!r:.80}, expected {' or '.join(ROLES)}")
     if not isinstance(text, str):
         raise _bad(f"{where}: 'value' is {text!r:.80}, expected a text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON may hold half of a character
+        half = text[error.start]
+        raise _bad(f"{where}: 'value' has {half!r}, which is no character") from error
     return Utterance(speaker, text)
 
 

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,7 @@ class RunLog(TrainerCallback):
         **_: Any,
     ) -> None:
         """Take back what lies beyond the checkpoint, and count on from there."""
-        before = list(read_lines(self.folder / LOG, last_step=state.global_step))
-        if before:
-            last = before[-1]
-            self.totals = Totals(*(last[key] for key in ("tokens", "samples", "skipped")))
-            self.totals.seconds = last["seconds"]
+        self.totals = read_totals(self.folder, state.global_step)
         self._started = time.monotonic() - self.totals.seconds
         if state.is_world_process_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -143,6 +139,14 @@ class RunLog(TrainerCallback):
             f"step {line['step']:,} of {max_steps:,}: loss {line['loss']:.4f}, "
             f"{format_rate(max(rate, 1e-9))} samples, {format_duration(left)} left{skipped}"
         )
+
+
+def read_totals(folder: Path, last_step: int | None = None) -> Totals:
+    """Read what a run has been given, up to a step."""
+    totals = Totals()
+    for line in read_lines(folder / LOG, last_step):
+        totals = Totals(*(line[field.name] for field in fields(Totals)))
+    return totals
 
 
 def read_lines(path: Path, last_step: int | None = None) -> Iterator[dict[str, Any]]:

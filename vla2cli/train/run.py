@@ -21,12 +21,13 @@ from vla2_models.loading import build_empty, load_model
 from vla2_models.videollama2 import VideoLLaMA2
 from vla2cli.console import Console
 from vla2cli.engine import DTYPES
-from vla2cli.errors import UsageError
+from vla2cli.errors import NoInputError, UsageError
 from vla2cli.layout import Layout
 from vla2cli.train.config import FREE_KEYS, TrainConfig, complete_record
 from vla2cli.train.exam import Exam
 from vla2cli.train.lesson import Lesson, open_lesson
 from vla2cli.train.lock import hold_folder
+from vla2cli.train.log import SKIPPED, read_totals
 from vla2cli.train.lora import add_adapter, find_targets
 from vla2cli.train.network import TrainedNetwork
 from vla2cli.train.save import check_form, form_of, save_trained
@@ -55,9 +56,7 @@ class Student:
     targets: list[str]  # kinds of layers that an adapter is on
 
     def save(self, trained: Trained) -> None:
-        """Write what training came to, as `save_trained`; on the first process alone."""
-        if not trained.is_first:
-            return
+        """Write what training came to, as `save_trained`."""
         prefix = "model."  # in the network's names; what has none is of use in training alone
         state = {
             name.removeprefix(prefix): tensor
@@ -92,6 +91,7 @@ def train(
 
     Raises:
         UsageError: the configuration does not fit the model, the data, or the run in its folder.
+        NoInputError: no sample could be used; nothing is saved.
         RunBusyError: another process trains in the folder.
         CheckpointError: the model cannot be read, or the folder not be written.
     """
@@ -120,9 +120,19 @@ def _train(
         callbacks=_exams(config, student, lesson),
         should_stop=should_stop,
     )
-    if trained.is_finished:
+    if trained.is_finished and trained.is_first:
+        _check_learned(Path(config.output))
         student.save(trained)
     return trained
+
+
+def _check_learned(folder: Path) -> None:
+    totals = read_totals(folder)
+    if not totals.samples:
+        raise NoInputError(
+            f"nothing was learned: all {totals.skipped:,} samples were skipped, for the reasons "
+            f"in '{folder / SKIPPED}'"
+        )
 
 
 def _exams(config: TrainConfig, student: Student, lesson: Lesson) -> list[Exam]:
@@ -268,10 +278,20 @@ def check_record(config: TrainConfig) -> None:
         raise UsageError(f"output '{folder}' was begun with {error}; give a new folder") from error
     for key in wanted:
         if key not in FREE_KEYS and begun.get(key) != wanted[key]:
+            name, before, now = _difference(key, begun.get(key), wanted[key])
             raise UsageError(
-                f"output '{folder}' was begun with {key} {json.dumps(begun.get(key))}, not "
-                f"{json.dumps(wanted[key])}; give a new folder"
+                f"output '{folder}' was begun with {name} {json.dumps(before)}, not "
+                f"{json.dumps(now)}; give a new folder"
             )
+
+
+def _difference(name: str, begun: Any, wanted: Any) -> tuple[str, Any, Any]:
+    """Name what differs, as deep as both have keys."""
+    if isinstance(begun, dict) and isinstance(wanted, dict):
+        for key in wanted:
+            if begun.get(key) != wanted[key]:
+                return _difference(f"{name}.{key}", begun.get(key), wanted[key])
+    return name, begun, wanted
 
 
 def write_record(config: TrainConfig) -> None:

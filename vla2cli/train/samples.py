@@ -154,6 +154,8 @@ def _read(file: DataFile) -> list[Entry]:
     """Read the entries, their media's paths with the folder before them."""
     path = Path(file.file)
     folder = path.parent if file.folder is None else Path(file.folder)
+    if not folder.is_dir():
+        raise UsageError(f"'{folder}', the folder of '{path}', is none; give what its paths are in")
     return [
         entry if entry.path is None else replace(entry, path=str(folder / entry.path))
         for entry in read_entries(path)

@@ -20,6 +20,7 @@ NUM_FRAMES = round(DURATION_S * FPS)
 _TRACK, _SHUFFLING = 6, 7
 _NO_TRACK_SHARE = 1 / 3  # of the silent clips; the others have a silent track
 _CRF = "23"  # x264's default: about 40 kB with the sound
+_X264 = "mbtree=0"  # which does not give the same bytes each time
 _SOUND_BIT_RATE = 48_000
 
 
@@ -64,7 +65,7 @@ def _write(path: Path, frames: NDArray[np.uint8], track: NDArray[np.int16] | Non
     # bitexact: FFmpeg's version would stand in the file
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
     with av.open(str(path), "w", options=options) as container:
-        video = container.add_stream("libx264", FPS, options={"crf": _CRF})
+        video = container.add_stream("libx264", FPS, options={"crf": _CRF, "x264-params": _X264})
         video.width = video.height = SIDE
         video.pix_fmt = "yuv420p"
         video.thread_count = 1  # the bytes would depend on the number of threads

@@ -104,7 +104,7 @@ def open_picture(path: str) -> Image.Image:
     """Open a guest's picture as a sprite: what is not transparent of it, on a square.
 
     Raises:
-        UsageError: it cannot be read, or nothing of it is to be seen.
+        UsageError: it cannot be read, nothing of it is to be seen, or nothing is transparent.
     """
     try:
         with Image.open(path) as file:
@@ -114,6 +114,8 @@ def open_picture(path: str) -> Image.Image:
     box = image.getchannel("A").getbbox()
     if box is None:
         raise UsageError(f"'{path}' is transparent all over; give a picture of something")
+    if image.getchannel("A").getextrema()[0] == 255:
+        raise UsageError(f"'{path}' has no transparency; cut out what it is to show")
     shown = image.crop(box)
     side = max(shown.size)
     square = Image.new("RGBA", (side, side))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vla2cli.errors import UsageError, why
+from vla2cli.errors import LedgerError, UsageError, why
 from vla2cli.ledger import Record, key_of, read_records
 from vla2cli.manifest import read_lines
 from vla2cli.world.write import CHOICE
@@ -70,7 +70,7 @@ def score(ledger: Path, manifest: Path) -> list[Row]:
 
     Raises:
         UsageError: the manifest cannot be read, holds nothing, or has a line that is not one.
-        LedgerError: the ledger cannot be read.
+        LedgerError: the ledger cannot be read, or has no record in its lines.
     """
     wanted = list(read_manifest(manifest))
     if not wanted:
@@ -118,9 +118,11 @@ def format_table(rows: Sequence[Row]) -> str:
 
 def _read_answers(ledger: Path) -> dict[_Asked, Record]:
     answers: dict[_Asked, Record] = {}
-    for _, record, _ in read_records(ledger):
-        if record is None:
-            continue
+    lines = [record for _, record, _ in read_records(ledger)]
+    records = [record for record in lines if record is not None]
+    if lines and not records:
+        raise LedgerError(f"'{ledger}' has no record in its lines; expected a ledger of vla2 ask")
+    for record in records:
         name, task, question, segment, history = key_of(record)
         # a part of a clip, or a question that came after others, is not what the manifest asks
         if task in _TASKS and segment is None and not history:

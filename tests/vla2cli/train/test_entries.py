@@ -57,6 +57,10 @@ def test_a_list_and_lines_hold_the_same_entries(tmp_path, lines):
             {"conversations": [{"from": "gpt"}]},
             "entry 2: turn 1 of 'conversations': 'value' is None, expected a text",
         ),
+        (
+            {"conversations": [{"from": "gpt", "value": "a \ud83d"}]},
+            "entry 2: turn 1 of 'conversations': 'value' has '\\ud83d', which is no character",
+        ),
     ],
 )
 def test_an_entry_outside_the_format_is_named_with_its_file_and_key(tmp_path, entry, message):

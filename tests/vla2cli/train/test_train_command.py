@@ -56,6 +56,7 @@ def test_a_run_is_saved_and_not_done_twice(typed, tmp_path):
     (skipped,) = read_lines(tmp_path / "out/skipped.jsonl")
     assert skipped["id"] == "absent.mp4"
     assert "no such file" in skipped["reason"]
+    assert "1 sample skipped; 'out/skipped.jsonl' names them" in err
     assert (tmp_path / "out/mm_projector.bin").exists()
     code, _, err = typed()
     assert code == 0
@@ -99,6 +100,11 @@ def test_a_dry_run_tells_what_would_be_trained_and_writes_nothing(typed, tmp_pat
         (["batch"], 2, "'--set batch': expected key=value"),
         (["data=[]"], 2, "no data is given"),
         (["data=[{file: no.json}]"], 2, "'no.json'"),
+        (
+            ["data=[{file: data.json, folder: gone}]"],
+            2,
+            "'gone', the folder of 'data.json', is none",
+        ),
         (["model=acme/none", "seed=1"], 1, "acme/none"),
         (["stage=joint"], 2, "has no audio tower"),
     ],
@@ -109,6 +115,24 @@ def test_what_cannot_be_trained_is_one_line(typed, settings, code, line):
     assert (found, out) == (code, "")
     assert line in err
     assert err.count("\n") == 1
+
+
+def test_a_run_that_learned_nothing_saves_nothing(typed, tmp_path):
+    (tmp_path / "empty").mkdir()
+    nothing = ("data=[{file: data.json, folder: empty}]",)
+    for _ in range(2):  # the same command goes on to the same end
+        code, out, err = typed(*nothing)
+        assert (code, out) == (4, "")
+        assert "nothing was learned: all 2 samples were skipped" in err
+        assert "skipped.jsonl" in err
+        assert not (tmp_path / "out/config.json").exists()
+
+
+def test_what_has_changed_below_a_key_is_named_alone(typed):
+    assert typed("stage=video-finetune", "lora.r=2")[0] == 0
+    code, _, err = typed("stage=video-finetune", "lora.r=4")
+    assert code == 2
+    assert "was begun with lora.r 2, not 4; give a new folder" in err
 
 
 def test_a_folder_with_another_model_is_left_alone(typed, tmp_path):

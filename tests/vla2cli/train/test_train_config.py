@@ -102,6 +102,7 @@ def test_of_a_world_only_its_size_has_to_be_given():
         ({"learning_rate": "fast"}, 'learning_rate is "fast", expected a number above 0'),
         ({"learning_rate": True}, "learning_rate is true, expected a number above 0"),
         ({"batch": 0}, "batch is 0, expected a whole number from 1"),
+        ({"seed": 2**32}, "seed is 4294967296, expected a whole number from 0 to below 2^32"),
         ({"batch": 6, "per_device_batch": 4}, "batch is 6, no multiple of per_device_batch 4"),
         ({"train": ["connector"]}, 'train is ["connector"], expected a list of vision_tower'),
         ({"precision": "float16"}, "expected one of auto, float32, bfloat16"),

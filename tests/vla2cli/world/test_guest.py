@@ -54,6 +54,7 @@ def test_a_guest_is_one_of_four_choices(guest):
         ("flag=nowhere.png", "no picture that can be read"),
         ("flag=empty.png", "transparent all over"),
         ("flag=words.png", "no picture that can be read"),
+        ("flag=photo.png", "'photo.png' has no transparency"),
     ],
 )
 def test_a_bad_guest_is_refused_before_anything_is_written(
@@ -61,6 +62,7 @@ def test_a_bad_guest_is_refused_before_anything_is_written(
 ):
     monkeypatch.chdir(tmp_path)
     Image.new("RGBA", (8, 8)).save("empty.png")
+    Image.new("RGB", (8, 8)).save("photo.png")
     (tmp_path / "words.png").write_text("words")
     with pytest.raises(SystemExit) as ended:
         main(["world", "-o", "clips", "--guest", text])

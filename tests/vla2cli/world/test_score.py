@@ -176,6 +176,15 @@ def test_broken_manifest_is_refused_with_its_line(tmp_path, capsys, text, messag
     assert err.count("\n") == 1
 
 
+def test_a_file_that_is_no_ledger_is_refused(tmp_path, manifest):
+    ledger = tmp_path / "clip.mp4"
+    ledger.write_bytes(b"\x00\x00\x00 ftyp\n[1]\n")
+    with pytest.raises(LedgerError, match=r"clip\.mp4' has no record in its lines"):
+        score(ledger, manifest)
+    ledger.write_bytes(b"")  # nothing was answered yet
+    assert all(len(row.missing) == row.num for row in score(ledger, manifest))
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path, manifest):
     with pytest.raises(LedgerError, match=r"cannot read '.*gone\.jsonl'"):
         score(tmp_path / "gone.jsonl", manifest)
