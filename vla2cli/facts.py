@@ -135,8 +135,8 @@ def _memory(name: str, num_parameters: int) -> dict[str, float]:
     public = find_public(name)
     if public is None:
         return {
-            "float32": round(num_parameters * 4 / 1e9, 1),
-            "bfloat16": round(num_parameters * 2 / 1e9, 1),
+            "float32": float(f"{num_parameters * 4 / 1e9:.3g}"),
+            "bfloat16": float(f"{num_parameters * 2 / 1e9:.3g}"),
         }
     memory = {
         "float32": public.memory_float32_gb,

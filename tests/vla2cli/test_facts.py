@@ -44,6 +44,13 @@ def test_parameters_of_the_ears_are_counted_once(tmp_path):
     assert hearing["parameters"] - deaf["parameters"] == wanted
 
 
+def test_memory_of_a_small_model_is_not_0(tmp_path):
+    facts = facts_of(write_tiny(tmp_path))
+    for dtype, width in (("float32", 4), ("bfloat16", 2)):
+        num_bytes = width * facts["parameters"]
+        assert facts["memory_gb"][dtype] == pytest.approx(num_bytes / 1e9, rel=0.01)
+
+
 def test_public_checkpoint_with_ears_is_listed_with_its_tokens(tmp_path):
     facts = {found["id"]: found for found in missing_public(here=())}
     assert facts[WITH_EARS]["audio_tokens"] == 1496
