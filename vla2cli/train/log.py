@@ -143,10 +143,10 @@ class RunLog(TrainerCallback):
 
 def read_totals(folder: Path, last_step: int | None = None) -> Totals:
     """Read what a run has been given, up to a step."""
-    totals = Totals()
-    for line in read_lines(folder / LOG, last_step):
-        totals = Totals(*(line[field.name] for field in fields(Totals)))
-    return totals
+    lines = list(read_lines(folder / LOG, last_step))
+    if not lines:
+        return Totals()
+    return Totals(**{field.name: lines[-1][field.name] for field in fields(Totals)})
 
 
 def read_lines(path: Path, last_step: int | None = None) -> Iterator[dict[str, Any]]:
@@ -172,7 +172,9 @@ def take_back(path: Path, last_step: int) -> None:
 
 
 def _as_text(line: Mapping[str, Any]) -> str:
-    return json.dumps(line, ensure_ascii=False) + "\n"
+    # a lone surrogate becomes the JSON escape of itself
+    text = json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+    return f"{text}\n"
 
 
 def plot_loss(folder: Path) -> None:

@@ -16,8 +16,8 @@ from vla2cli.world.sound import sound_span, synthesise
 from vla2cli.world.staging import Act, Placed, placed_at, stage
 from vla2cli.world.words import Question, ask_all
 
-# what a clip's generators are for; facts have purpose 0
-_STAGING, _BACKGROUND, _SPAN, _SOUND, _WORDS, _APART = range(1, 7)
+# what a clip's generators are for; facts have purpose 0, and a file of it 6 and 7
+_STAGING, _BACKGROUND, _SPAN, _SOUND, _WORDS, _APART = (*range(1, 6), 8)
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,18 @@ def test_a_run_that_learned_nothing_saves_nothing(typed, tmp_path):
         assert not (tmp_path / "out/config.json").exists()
 
 
+def test_half_a_character_in_a_sample_is_named(typed, tmp_path):
+    path = tmp_path / "data.json"
+    good, bad = json.loads(path.read_text())
+    odd = {**good, "id": "cat \ud83d", "conversations": [{"from": "gpt", "value": "\ud83d"}]}
+    path.write_text(json.dumps([good, odd, {**bad, "id": "gone", "video": "\ud83d.mp4"}]))
+    code, _, err = typed("max_steps=2")
+    assert code == 0, err
+    reasons = {line["id"]: line["reason"] for line in read_lines(tmp_path / "out/skipped.jsonl")}
+    assert "'value' has '\\ud83d', which is no character" in reasons["cat \ud83d"]
+    assert reasons["gone"]
+
+
 def test_what_has_changed_below_a_key_is_named_alone(typed):
     assert typed("stage=video-finetune", "lora.r=2")[0] == 0
     code, _, err = typed("stage=video-finetune", "lora.r=4")
