@@ -15,8 +15,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,9 +71,8 @@ class BoundedFolder:
             raise UsageError(f"'{root}' is a file; expected a folder, or one to make") from error
         except OSError as error:
             raise UsageError(f"folder '{root}' cannot be made: {why(error)}") from error
-        with self._changing():
-            # killed processes leave a total that is too high, and people one that is anything
-            self._make_room(0, self._list())
+        # killed processes leave a total that is too high, and people one that is anything
+        self._change(lambda: self._make_room(0, self._list()))
         self._oldest.clear()  # hundreds of bytes for each file, and perhaps never needed
 
     def read(self, key: str) -> bytes | None:
@@ -85,17 +84,21 @@ class BoundedFolder:
         except FileNotFoundError:
             return None
         except OSError:
-            return self.remove(key)
+            self.remove(key)
+            return None
         return data
 
     def write(self, key: str, data: bytes) -> None:
         """Keep bytes under a key, unless there are some; more than `max_bytes` are not kept."""
         path = self._place_of(key)
-        if not self._is_written or len(data) > self.max_bytes or path.exists():
-            return
-        with self._changing():
-            self._make_room(len(data), self._read_total())
-            _write_aside(path, data)
+
+        def keep() -> None:
+            if not path.exists():
+                self._make_room(len(data), self._read_total())
+                _write_aside(path, data)
+
+        if self._is_written and len(data) <= self.max_bytes:
+            self._change(keep)
 
     def remove(self, key: str) -> None:
         """Take away what is kept under a key, where there is something and that is possible."""
@@ -105,13 +108,12 @@ class BoundedFolder:
     def _place_of(self, key: str) -> Path:
         return self.root / key[:2] / f"{key}{ENDING}"
 
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Keep others from changing the folder; what cannot be written ends the writing only."""
+    def _change(self, change: Callable[[], None]) -> None:
+        """Change the folder while nobody else does; a failure ends the writing, not the run."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)  # it may have been removed
             with locked(self.root / LOCK, on_wait=lambda: None):
-                yield
+                change()
         except OSError as error:
             self._is_written = False
             self._say(f"vla2: '{self.root}' cannot be written: {why(error)}; nothing more is kept")

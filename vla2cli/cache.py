@@ -165,7 +165,7 @@ def _digest(key: str, clip: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(f"{key}\0{clip}\0".encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.view(torch.uint8).numpy())
+        digest.update(tensor.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
