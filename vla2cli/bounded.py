@@ -160,9 +160,11 @@ def _find(root: Path) -> Iterator[_File]:
         with os.scandir(root / name) as entries:
             for entry in entries:
                 if entry.name.startswith(name) and _OURS.fullmatch(entry.name):
-                    with suppress(FileNotFoundError):  # an entry that was bad
+                    try:
                         state = entry.stat(follow_symlinks=False)
-                        yield _File(state.st_mtime_ns, state.st_size, entry.path)
+                    except FileNotFoundError:  # it was bad, and somebody read it
+                        continue
+                    yield _File(state.st_mtime_ns, state.st_size, entry.path)
 
 
 def _evict(file: _File) -> int:

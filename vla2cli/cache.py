@@ -134,7 +134,7 @@ def _pack(key: str, encoded: Encoded) -> bytes:
     assert not body, "nothing of a stripped clip is left to send"
     del facts["state"], facts["timings_s"]  # of one file and one run
     clip = json.dumps(facts)
-    return save(tensors, {"key": key, "clip": clip, "sha256": _digest(key, clip, tensors)})
+    return save(tensors, {"clip": clip, "sha256": _digest(key, clip, tensors)})
 
 
 def _unpack(data: bytes, key: str, state: FileState, started: float) -> Encoded | None:
