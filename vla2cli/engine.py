@@ -313,12 +313,13 @@ class Engine:
 
     def pixel_values(self, clip: Clip) -> Tensor:
         """Normalise the fitted frames of a clip: (T, 3, S, S) float32."""
-        assert clip.frames is not None, "a sound has no frames"
+        assert clip.frames is not None, f"this {clip.kind} has no frames, or no longer"
         return torch.from_numpy(normalise(clip.frames, self.geometry))
 
     def fbank(self, clip: Clip) -> Tensor:
         """Make what the audio tower reads of a clip's sound: (1, R, 128) bfloat16."""
         assert clip.sound is not None, "nothing of this clip is heard"
+        assert clip.sound.waveform is not None, "this clip's samples were dropped"
         return fbank(clip.sound.waveform)[None]
 
     def vision_features(self, clips: Sequence[Clip]) -> list[Tensor]:
@@ -331,11 +332,11 @@ class Engine:
 
     def encode(self, clips: Sequence[Clip]) -> list[MediaTokens]:
         """Turn what is seen and heard of several clips into tokens."""
-        seen = [clip for clip in clips if clip.frames is not None]
+        seen = [clip for clip in clips if clip.is_seen]
         visual = iter(self.frontend.visual_tokens(self.vision_features(seen)) if seen else ())
         return [
             MediaTokens(
-                visual=None if clip.frames is None else next(visual),
+                visual=next(visual) if clip.is_seen else None,
                 audio=None if clip.sound is None else self._hear(clip),
             )
             for clip in clips

@@ -219,7 +219,7 @@ def compute(
     needs_media = bool(wanted & set(list(PROMPT)[1:]))
     last = {"projector_tokens", "audio_tokens"}  # what the prompt takes
     made: dict[str, Tensor] = {}
-    if clip.frames is not None:
+    if clip.is_seen:
         made |= _visual_tensors(engine, clip, wanted | last if needs_media else wanted)
     if clip.sound is not None:
         made |= _audio_tensors(engine, clip, wanted | last if needs_media else wanted)

@@ -7,6 +7,7 @@ default that `--help` shows.
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -69,6 +70,19 @@ def parse_time(text: str | None) -> float | None:
     for part in parts:
         seconds = seconds * 60 + part
     return seconds
+
+
+def parse_size(text: str) -> int:
+    """Read a size in bytes: `20GB`, `500 MB`, `1.5tb`; units of 10, as on the disk's box.
+
+    Raises:
+        UsageError: the text is no size above 0.
+    """
+    match = _SIZE.fullmatch(text.strip().lower())
+    size_bytes = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size_bytes < 1:
+        raise UsageError(f"'--cache-size {text}': expected a size like 20GB or 500MB")
+    return size_bytes
 
 
 Paths = Annotated[
@@ -234,6 +248,8 @@ Verbose = Annotated[bool, _option("--verbose", "-v", help="Say more on stderr.")
 Debug = Annotated[bool, _option("--debug", help="Show the traceback of what went wrong.")]
 
 MAX_TIME_S = 1e9  # thirty years
+_UNITS = {"mb": 10**6, "gb": 10**9, "tb": 10**12}
+_SIZE = re.compile(rf"([0-9]{{1,9}}(?:\.[0-9]{{1,9}})?) ?({'|'.join(_UNITS)})")
 DEFAULT_DECODE_TIMEOUT = 60.0  # seconds
 DEFAULT_DECODE_MEMORY = 4.0  # GB
 

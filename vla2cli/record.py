@@ -105,7 +105,7 @@ def generation_fields(
 def clip_fields(clip: Clip) -> dict[str, Any]:
     """Describe what of the file was looked at and listened to."""
     fields: dict[str, Any] = {"modality": clip.kind, "decoder": clip.decoder}
-    if clip.frames is not None:
+    if clip.is_seen:
         fields["frames"] = {
             "indices": list(clip.indices),
             "timestamps_s": [round(t, 6) for t in clip.timestamps_s],

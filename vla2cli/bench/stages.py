@@ -67,6 +67,7 @@ def media_cases(config: CheckpointConfig, num_frames: int, video: str) -> Iterat
         started = time.perf_counter()
         normalise(clip.frames, geometry)
         if clip.sound is not None:
+            assert clip.sound.waveform is not None, "just read"
             fbank(clip.sound.waveform)
         here_s = time.perf_counter() - started
         read_s, fitted_s = (clip.timings_s[stage] for stage in MEDIA)

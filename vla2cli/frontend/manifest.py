@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -142,9 +142,9 @@ def hash_new_files(folder: Path) -> dict[str, tuple[int, str]]:
     return found
 
 
-def versions() -> dict[str, str]:
-    """List the versions of what takes part, without loading any of it."""
-    return {"vla2": __version__, **{name: _version(name) for name in _MAKERS}}
+def versions(names: Sequence[str] = _MAKERS) -> dict[str, str]:
+    """List the versions of vla2 and of what takes part, without loading any of it."""
+    return {"vla2": __version__, **{name: _version(name) for name in names}}
 
 
 def _version(name: str) -> str:

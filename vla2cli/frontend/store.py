@@ -22,8 +22,8 @@ from vla2_models.files import UNFINISHED
 from vla2_models.fingerprint import default_cache, is_remembered
 from vla2cli.console import Say, format_size
 from vla2cli.errors import FrontendError, why
-from vla2cli.frontend.lock import locked
 from vla2cli.frontend.manifest import MANIFEST, PRECISIONS, Manifest, versions
+from vla2cli.lock import locked
 
 LONG_BYTES = 1e9  # hashing more takes seconds: say so
 

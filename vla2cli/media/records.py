@@ -1,6 +1,6 @@
 """The plain data that the media stage takes and gives."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,8 @@ class Sound:
     """What is heard of one file."""
 
     # (window.num_samples,) 16 kHz mono, padded with zeros: int16 of a video's track, float64 of an
-    # audio file; one sample longer for some odd rates
-    waveform: NDArray[Any]
+    # audio file; one sample longer for some odd rates; None: dropped, see `Clip.stripped`
+    waveform: NDArray[Any] | None
     # the parts of the file that are heard, in the time of `Frames.timestamps_s`; an audio file's
     # time begins with its sound. The clips of a short track overlap; of silence there is none
     spans_s: tuple[tuple[float, float], ...]
@@ -92,7 +92,7 @@ class ClipRequest:
 class Clip:
     """The chosen pictures and sound of one file, fitted to the model's input."""
 
-    frames: NDArray[np.uint8] | None  # (T, S, S, 3) RGB; None for audio
+    frames: NDArray[np.uint8] | None  # (T, S, S, 3) RGB; None for audio, and where dropped
     kind: str  # video, image or audio
     indices: tuple[int, ...]
     timestamps_s: tuple[float, ...]
@@ -104,3 +104,13 @@ class Clip:
     state: FileState
     timings_s: dict[str, float]  # read, preprocess
     sound: Sound | None = None  # None: nothing is heard
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether the file gave pictures, be they held or dropped."""
+        return self.kind != "audio"
+
+    def stripped(self) -> "Clip":
+        """Return the same without its pixels and samples, of which no record says anything."""
+        sound = None if self.sound is None else replace(self.sound, waveform=None)
+        return replace(self, frames=None, sound=sound)

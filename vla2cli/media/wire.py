@@ -76,20 +76,17 @@ def unpack_request(header: dict[str, Any]) -> ClipRequest:
 
 
 def pack_clip(clip: Clip) -> tuple[dict[str, Any], bytes]:
-    """Turn a clip into a header and the bytes of its sound and frames."""
+    """Turn a clip into a header and the bytes of its sound and frames; none if it is stripped."""
     header = {name: getattr(clip, name) for name in clip.__dataclass_fields__}
     header |= {"state": asdict(clip.state), "frames": None, "sound": None}
     body = b""
     # the sound goes first, so that its numbers lie at even addresses
     if clip.sound is not None:
         waveform = clip.sound.waveform
-        header["sound"] = {
-            "dtype": waveform.dtype.str,
-            "size": waveform.size,
-            "spans_s": clip.sound.spans_s,
-            "duration_s": clip.sound.duration_s,
-        }
-        body += waveform.tobytes()
+        header["sound"] = {"spans_s": clip.sound.spans_s, "duration_s": clip.sound.duration_s}
+        if waveform is not None:
+            header["sound"] |= {"dtype": waveform.dtype.str, "size": waveform.size}
+            body += waveform.tobytes()
     if clip.frames is not None:
         header["frames"] = clip.frames.shape
         body += clip.frames.tobytes()
@@ -103,8 +100,10 @@ def unpack_clip(header: dict[str, Any], body: bytearray) -> Clip:
     offset = 0
     if fields["sound"] is not None:
         sound = fields["sound"]
-        waveform = np.frombuffer(body, np.dtype(sound["dtype"]), sound["size"])
-        offset = waveform.nbytes
+        waveform = None
+        if "dtype" in sound:
+            waveform = np.frombuffer(body, np.dtype(sound["dtype"]), sound["size"])
+            offset = waveform.nbytes
         spans_s = tuple((start, end) for start, end in sound["spans_s"])
         fields["sound"] = Sound(waveform, spans_s, sound["duration_s"])
     if fields["frames"] is not None:

@@ -98,10 +98,10 @@ class MediaReader:
 
     def _media(self, submitted: Future[Clip]) -> Media:
         clip = submitted.result()
-        seen = clip.frames
+        seen, heard = clip.frames, clip.sound.waveform if clip.sound else None
         return Media(
             pixel_values=None if seen is None else torch.from_numpy(normalise(seen, self.geometry)),
-            fbank=None if clip.sound is None else fbank(clip.sound.waveform)[None],
+            fbank=None if heard is None else fbank(heard)[None],
             is_image=clip.kind == "image",
         )
 

@@ -21,11 +21,11 @@ from vla2_models.miniature import MODEL_ID
 from vla2cli.errors import FrontendError
 from vla2cli.frontend import manifest, origin
 from vla2cli.frontend.cache import cached_export, find_export, open_frontend
-from vla2cli.frontend.lock import locked
 from vla2cli.frontend.manifest import MANIFEST, Manifest
 from vla2cli.frontend.onnx import OnnxFrontend
 from vla2cli.frontend.origin import origin_of
 from vla2cli.frontend.store import cache_root, clean_exports, find_problem, list_exports
+from vla2cli.lock import locked
 
 UNFINISHED = ".unfinished-fp32-" + "0" * 32 + "-abc"
 
