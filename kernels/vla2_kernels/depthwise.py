@@ -31,8 +31,8 @@ from vla2_kernels.jit import Kernel, next_power_of_2
 if TYPE_CHECKING:
     import triton.language as tl
 
-TILE_SIZE = 8192  # elements that a program holds at a time: 16 for each thread of 16 warps
-NUM_STEPS = 8  # times a program does so; each halving doubles the partial sums
+TILE_SIZE = 4096  # elements that a program holds at a time, or one row: 16 for each thread
+NUM_STEPS = 4  # times a program does so; each halving doubles the partial sums
 
 
 def depthwise_norm_silu_pool(
@@ -159,7 +159,7 @@ def launch(
         STEPS=NUM_STEPS,
         BLOCK_P=block_p,
         BLOCK_C=block_c,
-        num_warps=16 if block_c >= 2048 else 4,
+        num_warps=min(16, max(4, block_p * block_c // 512)),
     )
     return y, partial.sum(1) / (height * width)
 

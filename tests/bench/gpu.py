@@ -5,6 +5,7 @@
 
     tests      all tests marked `gpu`: Triton kernels, ONNX Runtime on CUDA and TensorRT, language
                models in 4 and 8 bits and spread over devices, each against the CPU or PyTorch
+    kernels    each Triton kernel against PyTorch's operators (kernels.py)
     bench      `vla2 bench` at public size: plain PyTorch, Triton, ONNX Runtime
 
 The report names the machine, says which tests failed, and has the bench's table; the rows are
@@ -38,11 +39,12 @@ def main(report: Path, spec: str) -> int:
     rows.unlink(missing_ok=True)
     parts = {"Machine": describe_machine()}
     passed, parts["Tests"] = run_tests(report.with_suffix(".xml"))
+    timed, parts["Kernels"] = run_kernels()
     measured, parts["Bench"] = run_bench(spec, rows)
     text = "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
     report.write_text(f"# vla2 on a GPU\n\n{text}\n", encoding="utf-8")
-    print(f"gpu-check: {'passed' if passed and measured else 'FAILED'}; see {report}")
-    return 0 if passed and measured else 1
+    print(f"gpu-check: {'passed' if passed and timed and measured else 'FAILED'}; see {report}")
+    return 0 if passed and timed and measured else 1
 
 
 def describe_machine() -> str:
@@ -73,6 +75,12 @@ def run_tests(results: Path) -> tuple[bool, str]:
                 lines.append(f"{kind}: {case.get('classname')}::{case.get('name')}: {why[0]}")
     has_run = any(case.find("skipped") is None for case in cases)
     return has_run and done.returncode == 0, fenced("\n".join(lines))
+
+
+def run_kernels() -> tuple[bool, str]:
+    """Time the kernels alone; say whether it went through, and the table."""
+    done = run([sys.executable, str(Path(__file__).with_name("kernels.py"))])
+    return not done.returncode, fenced(done.stderr if done.returncode else done.stdout)
 
 
 def run_bench(spec: str, rows: Path) -> tuple[bool, str]:

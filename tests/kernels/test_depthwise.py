@@ -46,7 +46,8 @@ def test_depthwise_reads_a_frame_of_channels_first_memory_and_every_second_row(p
 def test_depthwise_keeps_a_row_without_variance_finite(place):
     x, weight, gain, shift, eps = depthwise_arguments((1, 3, 3, 37))
     arguments = torch.ones_like(x), torch.ones_like(weight), gain, shift, eps
-    DEPTHWISE.assert_matches_definition(place, arguments)
+    # the mean of 37 nines may be off by its last digit, 1e-6, of which the norm makes 3e-5
+    DEPTHWISE.assert_matches_definition(place, arguments, 1e-4)
 
 
 def test_depthwise_gives_the_same_bits_twice(place):

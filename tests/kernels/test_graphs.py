@@ -37,7 +37,8 @@ def test_operator_keeps_pytorchs_rules(call):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("call", CALLS)
-def test_operator_keeps_pytorchs_rules_on_a_gpu(call):
+def test_operator_keeps_pytorchs_rules_on_a_gpu(call, monkeypatch):
+    monkeypatch.undo()  # outputs in the midst of NaN begin elsewhere than those that are traced
     operator, arguments = CALLS[call]
     moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
     torch.library.opcheck(operator.overload, tuple(moved))

@@ -313,6 +313,18 @@ def test_positional_convolution_matches_its_formula(num_taps, scale):
     assert_close(conv(x[None])[0], convolve(conv, x), atol=1e-6)  # its weights are float32
 
 
+@pytest.mark.parametrize("num_taps", [5, 6])
+def test_positional_convolution_by_products_is_the_convolution(num_taps):
+    conv = tiny(conv_pos=num_taps).encoder.pos_conv[0].double()
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 12, 7, generator=generator).double()
+    weight = torch.randn(conv.weight_v.shape, generator=generator).double()
+    expected = torch.nn.functional.conv1d(
+        x, weight, conv.bias, padding=num_taps // 2, groups=conv.num_groups
+    )
+    assert_close(conv.multiply(x, weight), expected, atol=1e-12)
+
+
 def test_every_norm_has_the_epsilon_of_the_formula():
     # of inputs so small that it decides, which a whole network never sees
     model = tiny().double()

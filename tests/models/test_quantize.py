@@ -54,7 +54,7 @@ def tiny_model(family, dtype=torch.float32):
     )
     for name, weight in model.named_parameters():
         if name.endswith("bias"):
-            weight.normal_(std=0.1)
+            weight.copy_(0.1 * torch.randn(weight.shape))  # drawn alike in every dtype
     return model
 
 

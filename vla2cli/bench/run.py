@@ -46,7 +46,7 @@ class Bench:
     num_frames: int
     num_rounds: int = 5
     video: str | None = None  # None: one is made
-    product_edge: int = rounds.PRODUCT_EDGE
+    product_edge: int | None = None  # None: as the device needs it
     copy_bytes: int = rounds.COPY_BYTES
 
     def run(self, on_stage: Callable[[str], None] = lambda line: None) -> Iterator[Row]:

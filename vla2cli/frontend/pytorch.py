@@ -16,12 +16,16 @@ from vla2_models.videollama2 import VideoLLaMA2
 class TorchFrontend:
     """Towers and connectors of a loaded checkpoint; the methods are those of `Frontend`.
 
-    As it stands it is plain eager PyTorch, which every other front-end is held to.
+    As it stands it is plain eager PyTorch, which every other front-end is held to. In float32 on
+    CUDA it turns TF32 off in cuDNN, for the whole process.
     """
 
     def __init__(self, model: VideoLLaMA2, *, is_grouped: bool = False) -> None:
         self.model = model
         self.is_grouped = is_grouped  # frames go through the tower a few at a time
+        if model.device.type == "cuda" and model.dtype == torch.float32:
+            # float32 means float32: TF32, which cuDNN's convolutions default to, has ten bits of it
+            torch.backends.cudnn.allow_tf32 = False
 
     @classmethod
     def fast(cls, model: VideoLLaMA2) -> Self:

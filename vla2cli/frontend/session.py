@@ -125,6 +125,8 @@ def num_threads() -> int:
 def _open(path: Path, providers: list[tuple[str, dict[str, str]]]) -> Any:
     # a missing library of CUDA is logged, past Python, on the way to a session that lacks it
     onnxruntime.set_default_logger_severity(FATAL)
+    if providers[0][0] not in onnxruntime.get_available_providers():
+        raise FrontendError(_describe_missing(providers[0][0]))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL
     options.intra_op_num_threads = num_threads()
@@ -169,7 +171,8 @@ def _describe_missing(provider: str) -> str:
     name = "TensorRT" if provider.startswith("Tensorrt") else "CUDA"
     return (
         f"ONNX Runtime cannot use {name} here: {provider} did not start, so a library of "
-        f"{name} or the GPU's driver is missing; give --frontend torch, or --device cpu"
+        f"{name}, the GPU's driver or onnxruntime-gpu is missing; give --frontend torch, or "
+        "--device cpu"
     )
 
 

@@ -28,7 +28,7 @@ from tests.tiny import tiny_av_engine
 from vla2cli.config import GenerationChoice
 from vla2cli.engine import Ask, MediaTokens
 from vla2cli.errors import FrontendError
-from vla2cli.frontend import onnx
+from vla2cli.frontend import onnx, session
 from vla2cli.frontend.onnx import OnnxFrontend
 from vla2cli.frontend.session import Session, num_threads
 from vla2cli.prompt import Turn
@@ -215,13 +215,13 @@ def test_cuda_computes_what_the_cpu_does(precision):
     expected = eager.vision_features(frames)
     expected += [*eager.visual_tokens(expected), *eager.listen(fbank)]
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one.cpu(), other, atol=atol, rtol=0)
+        torch.testing.assert_close(one.cpu().float(), other, atol=atol, rtol=0)
 
 
 @pytest.mark.gpu
 @ON_CUDA
 def test_input_that_is_still_being_made_on_a_stream_is_waited_for():
-    session = Session(tiny_export() / "connector.onnx", torch.device("cuda", 0))
+    connector = Session(tiny_export() / "connector.onnx", torch.device("cuda", 0))
     features = torch.randn(1, 8, 16, 48)
     expected = tiny_av_engine().frontend.visual_tokens([features[0]])[0]
     for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
@@ -229,7 +229,7 @@ def test_input_that_is_still_being_made_on_a_stream_is_waited_for():
             late = torch.zeros_like(features, device="cuda")
             torch.cuda._sleep(100_000_000)  # cycles: some 50 ms
             late.copy_(features.pin_memory(), non_blocking=True)
-            (tokens,) = session(late)
+            (tokens,) = connector(late)
             late.zero_()  # which the run must not see
             found = tokens.clone()
         stream.synchronize()
@@ -248,6 +248,15 @@ def test_cuda_that_is_not_there_is_one_clear_line(monkeypatch, capfd, use_tensor
     ):
         Session(tiny_export() / "tower.onnx", torch.device("cuda", 0), use_tensorrt=use_tensorrt)
     assert capfd.readouterr() == ("", "")
+
+
+def test_onnx_runtime_built_for_the_cpu_alone_is_one_clear_line(monkeypatch):
+    stream = type("Stream", (), {"cuda_stream": 0})
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream())
+    only_cpu = ["CPUExecutionProvider"]
+    monkeypatch.setattr(session.onnxruntime, "get_available_providers", lambda: only_cpu)
+    with pytest.raises(FrontendError, match=r"cannot use CUDA here: .*onnxruntime-gpu is missing"):
+        Session(tiny_export() / "tower.onnx", torch.device("cuda", 0))
 
 
 def test_int8_on_a_gpu_is_refused_since_it_would_run_on_the_cpu():
