@@ -110,6 +110,7 @@ def caption(
     top_p: opt.TopP = None,
     top_k: opt.TopK = None,
     seed: opt.Seed = 0,
+    shard: opt.ShardName = None,
     output: opt.Output = None,
     force: opt.Force = False,
     retry_errors: opt.RetryErrors = False,
@@ -198,6 +199,7 @@ def ask(
     top_p: opt.TopP = None,
     top_k: opt.TopK = None,
     seed: opt.Seed = 0,
+    shard: opt.ShardName = None,
     output: opt.Output = None,
     force: opt.Force = False,
     retry_errors: opt.RetryErrors = False,
@@ -279,6 +281,7 @@ def features(
     top_p: opt.TopP = None,
     top_k: opt.TopK = None,
     seed: opt.Seed = 0,
+    shard: opt.ShardName = None,
     output: Annotated[
         str | None,
         typer.Option(

@@ -498,6 +498,7 @@ BAD = {
     ),
     "no question": ("ask b.mp4", 2, "only 'b.mp4' was given; expected PATH... QUESTION"),
     "manifest": ("ask --manifest notes.jsonl", 2, "notes.jsonl: line 1: 'one' is no JSON"),
+    "shard": ("caption b.mp4 --shard 5/4", 2, "'--shard 5/4': expected I/N with I from 1 to N"),
     "choices": ("ask b.mp4 Which? --choices left", 2, "'--choices left': expected two options"),
     "then": ("ask b.mp4 --question a --question b --then c", 2, "several were given"),
     "no folder": ("features b.mp4", 2, "they need a folder: -o FOLDER"),
