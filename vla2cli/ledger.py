@@ -6,6 +6,7 @@ before; the last record of a key wins. While it is written, an exclusive lock is
     FILE         whole records, each fsynced before `append` returns
     FILE.torn    unfinished last lines that a killed run or a power cut left in FILE
     FILE.bak-N   what FILE was before `force`
+    FILE.part    what is to become FILE at once, see `new_ledger`; a killed merge leaves it
 
 No byte of FILE is ever removed but such an unfinished line, and that only after it is in FILE.torn.
 """
@@ -20,7 +21,7 @@ import stat
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 import orjson
 
-from vla2cli.errors import LedgerBusyError, LedgerError, why
+from vla2cli.errors import LedgerBusyError, LedgerError, UsageError, why
 
 Record = dict[str, Any]
 Segment = tuple[float | None, float | None]  # start_s, end_s
@@ -366,6 +367,83 @@ class Ledger:
                 os.close(fd)
         self._fd = self._lock_fd = -1
         _open_ledgers.discard(self)
+
+
+@contextlib.contextmanager
+def new_ledger(
+    path: str | os.PathLike[str], *, force: bool = False
+) -> Iterator[Callable[[bytes], object]]:
+    """Write a ledger at once: when the block ends it is there whole, before that nothing is.
+
+    Args:
+        path: where; lines are gathered in FILE.part beside it, under its lock.
+        force: rename an existing file to FILE.bak-N.
+
+    Yields:
+        What takes the lines, each with its newline.
+
+    Raises:
+        UsageError: it exists.
+        LedgerBusyError: another process holds the lock.
+        LedgerError: it cannot be written; nothing was changed.
+    """
+    name = os.fspath(path)
+    real = check_output(name)
+    part = _beside(real, "part")
+    with Ledger(real, name, _lock(_beside(real, "lock"), name)):
+        check_new(name, force=force)
+        try:
+            with part.open("wb") as file:
+                yield file.write
+                file.flush()
+                os.fsync(file.fileno())
+            if os.path.lexists(real):
+                _set_aside(real)
+            part.rename(real)
+            _sync_folder(real.parent)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            if not isinstance(error, OSError):
+                raise
+            raise LedgerError(f"cannot write '{name}': {why(error)}") from error
+
+
+def check_new(path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Check that a new ledger can stand there.
+
+    Raises:
+        UsageError: something does, and it is not to be renamed by `force`.
+        LedgerError: as `check_output`.
+    """
+    name = os.fspath(path)
+    if os.path.lexists(check_output(name)) and not force:
+        raise UsageError(f"'{name}' exists; --force renames it to FILE.bak-N")
+
+
+def refuse_held(path: str | os.PathLike[str]) -> None:
+    """Refuse a ledger that another process writes; nothing is locked or made.
+
+    Raises:
+        LedgerBusyError: its lock is held.
+        LedgerError: its lock cannot be looked at.
+    """
+    name = os.fspath(path)
+    lock = _beside(Path(os.path.realpath(name)), "lock")
+    try:
+        fd = os.open(lock, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise LedgerError(f"cannot read '{lock}': {why(error)}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LedgerBusyError(_describe_holder(name, os.pread(fd, 4096, 0))) from None
+    except OSError as error:
+        raise LedgerError(f"cannot look at '{lock}': {why(error)}") from error
+    finally:
+        os.close(fd)
 
 
 _open_ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()

@@ -1,4 +1,4 @@
-"""Print what large ledgers cost: seconds and memory of resuming from one and of verifying it.
+"""Print what large ledgers cost: seconds and memory of resuming, verifying, merging.
 
     python tests/bench/ledger.py [NUM_RECORDS ...]
 
@@ -12,6 +12,7 @@ for the steps of resuming together.
     open    the ledger, under its lock
     plan    decide for every item that it is done
     verify  with and without a look at the files
+    merge   four shards into one ledger
 """
 # ruff: noqa: T201  it prints a table for people
 
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ CLIP = Path(__file__).parents[2] / "examples/01.mp4"
 SIZES = (10_000, 100_000, 1_000_000)
 LINKS_OF_A_COPY = 10_000  # a file system takes some 65,000
 FILES_OF_A_FOLDER = 1_000
-JOBS = ("resume", "verify", "verify --no-files")
+NUM_PARTS = 4
+JOBS = ("resume", "verify", "verify --no-files", "merge")
 
 
 def main(sizes: tuple[int, ...]) -> None:
@@ -58,7 +60,12 @@ def run_vla2(*arguments: Any) -> list[str]:
 
 def fill(place: Path, record: dict[str, Any], size: int) -> None:
     """Write the ledger `place/ledger.jsonl` and the files below `place/clips` that it is about."""
-    with make_file(place / "ledger.jsonl") as ledger:
+    (place / "parts").mkdir(parents=True)
+    with ExitStack() as stack:
+        whole, *parts = (
+            stack.enter_context((place / name).open("w", encoding="utf-8"))
+            for name in ("ledger.jsonl", *(f"parts/{i}.jsonl" for i in range(NUM_PARTS)))
+        )
         for i in range(size):
             id_ = f"{i // FILES_OF_A_FOLDER:04}/{i:07}.mp4"
             path = place / "clips" / id_
@@ -75,15 +82,9 @@ def fill(place: Path, record: dict[str, Any], size: int) -> None:
                 "sha256": hashlib.sha256(id_.encode()).hexdigest(),
                 "text": f"{record['text']} {i} é ☕",
             }
-            ledger.write(json.dumps({**record, **own}, ensure_ascii=False) + "\n")
-
-
-@contextmanager
-def make_file(path: Path) -> Iterator[Any]:
-    """Open a new text file in a new folder."""
-    path.parent.mkdir()
-    with path.open("w", encoding="utf-8") as file:
-        yield file
+            line = json.dumps({**record, **own}, ensure_ascii=False) + "\n"
+            whole.write(line)
+            parts[i % NUM_PARTS].write(line)
 
 
 def measure(job: str, place: Path) -> Iterator[tuple[Any, ...]]:
@@ -100,8 +101,13 @@ def run_job(job: str, place: Path) -> None:
     if job == "resume":
         resume(place)
         return
+    from vla2cli.merge import merge_ledgers
     from vla2cli.verify import verify
 
+    if job == "merge":
+        with step("merge"):
+            merge_ledgers(sorted((place / "parts").iterdir()), place / "merged.jsonl")
+        return
     with step("verify"):
         check_files = job == "verify"
         verification = verify(place / "ledger.jsonl", check_files=check_files)

@@ -50,6 +50,26 @@ def test_each_shard_says_and_does_its_own_part(ran):
     assert "shard" not in done["whole"].stderr
 
 
+def test_merged_shards_are_the_records_of_one_run(vla2, ran):
+    place, _ = ran
+    parts = [place / f"{number}.jsonl" for number in range(1, NUM_SHARDS + 1)]
+    merged = place / "merged.jsonl"
+    done = vla2("merge", *parts, "-o", merged)
+    assert (done.code, done.stdout) == (0, "")
+    assert done.stderr == f"{merged}: 18 records of 3 ledgers, 18 done, 0 errors\n"
+    assert merged.read_bytes() == b"".join(part.read_bytes() for part in parts)
+    assert fixed(read(merged)) == fixed(read(place / "whole.jsonl"))
+    # the whole run is the same once more: nothing of it is taken
+    again, resumed = together(
+        partial(vla2, "merge", merged, place / "whole.jsonl", "-o", place / "again.jsonl"),
+        partial(vla2, "ask", EXAMPLES, *ASK, "-o", merged),
+    )
+    assert again.code == 0
+    assert (place / "again.jsonl").read_bytes() == merged.read_bytes()
+    assert resumed.code == 0
+    assert "nothing to do: 18 done\n" in resumed.stderr
+
+
 def test_empty_shard_has_nothing_to_do_and_is_no_error(vla2, tmp_path):
     # 01.mp4 is in shard 449 of 1000: see tests/vla2cli/test_shards.py
     clip, ledger = EXAMPLES / "01.mp4", tmp_path / "a.jsonl"
