@@ -29,6 +29,7 @@ from vla2cli.ledger import (
     check_new,
     is_torn,
     new_ledger,
+    paused_collector,
     read_keyed,
     refuse_held,
 )
@@ -184,6 +185,7 @@ def _state_of(source: Input) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
+@paused_collector()
 def _choose(inputs: Sequence[Input]) -> dict[Key, _Kept]:
     kept: dict[Key, _Kept] = {}
     conflicts: dict[Key, tuple[_Kept, _Kept]] = {}

@@ -13,7 +13,7 @@ from vla2_models.public import WITH_EARS
 from vla2_models.sound import SoundWindow
 from vla2cli.errors import InputError, NoInputError, UsageError
 from vla2cli.inputs import Item, Kind, encode_name
-from vla2cli.ledger import Entry, Key, is_current, key_of
+from vla2cli.ledger import Entry, Key, is_current, key_of, paused_collector
 from vla2cli.media.pool import DecodePool
 from vla2cli.media.records import ClipRequest, FileState, SoundRequest
 from vla2cli.media.sampling import MAX_FRAMES
@@ -279,6 +279,7 @@ def _settle_kinds(items: Sequence[Item], pool: DecodePool, *, has_ears: bool) ->
     return settled
 
 
+@paused_collector()
 def make_plan(
     items: Sequence[Item],
     task: Task,

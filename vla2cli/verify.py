@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from vla2cli.errors import LedgerError, why
-from vla2cli.ledger import Entry, Key, Record, is_torn, read_keyed, start_of
+from vla2cli.ledger import Entry, Key, Record, is_torn, paused_collector, read_keyed, start_of
 
 # flags that say a text may be no true answer; the others only describe
 DOUBTFUL_FLAGS = frozenset({"empty", "repeating", "not-finite", "partial-video", "short-audio"})
@@ -51,6 +51,7 @@ class Verification:
         return self.findings
 
 
+@paused_collector()
 def verify(
     path: str | os.PathLike[str],
     *,
