@@ -22,6 +22,8 @@ from vla2cli.errors import UsageError, Vla2Error
 from vla2cli.export import EXAMPLES as EXPORT_EXAMPLES
 from vla2cli.export import export
 from vla2cli.manifest import Manifest, read_manifest
+from vla2cli.merge import EXAMPLES as MERGE_EXAMPLES
+from vla2cli.merge import merge
 from vla2cli.models import models_app
 from vla2cli.options import RunOptions
 from vla2cli.plan import Conversation, Task, parse_choices
@@ -110,6 +112,7 @@ def caption(
     top_p: opt.TopP = None,
     top_k: opt.TopK = None,
     seed: opt.Seed = 0,
+    shard: opt.ShardName = None,
     output: opt.Output = None,
     force: opt.Force = False,
     retry_errors: opt.RetryErrors = False,
@@ -198,6 +201,7 @@ def ask(
     top_p: opt.TopP = None,
     top_k: opt.TopK = None,
     seed: opt.Seed = 0,
+    shard: opt.ShardName = None,
     output: opt.Output = None,
     force: opt.Force = False,
     retry_errors: opt.RetryErrors = False,
@@ -279,6 +283,7 @@ def features(
     top_p: opt.TopP = None,
     top_k: opt.TopK = None,
     seed: opt.Seed = 0,
+    shard: opt.ShardName = None,
     output: Annotated[
         str | None,
         typer.Option(
@@ -377,6 +382,9 @@ def verify(
     for kind, number in found.most_common():
         console.detail(f"{kind}: {number:,}")
     raise typer.Exit(3 if found else 0)
+
+
+app.command(epilog=MERGE_EXAMPLES)(merge)
 
 
 def _spoken(text: str, what: str) -> str:

@@ -54,7 +54,7 @@ _KEPT: dict[str, tuple[frozenset[Kind], str]] = {
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One file to work on."""
 

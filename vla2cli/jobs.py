@@ -23,6 +23,7 @@ from vla2cli.ledger import Ledger, Record, settings_digest
 from vla2cli.media.pool import DecodePool
 from vla2cli.media.records import Clip, ClipRequest, FileState
 from vla2cli.plan import (
+    Choices,
     Conversation,
     Lookup,
     Plan,
@@ -195,6 +196,8 @@ class Job:
         self.batch = batch
         # seconds of work: decode (over all processes), tower, language
         self.busy_s: defaultdict[str, float] = defaultdict(float)
+        # what `_wanted` has said, by all of an item that `generation` looks at
+        self._wanted_of: dict[tuple[str, Choices], dict[str, Any]] = {}
 
     @property
     def demo_flags(self) -> tuple[str, ...]:
@@ -246,10 +249,13 @@ class Job:
         )
 
     def _wanted(self, item: Item, conversation: Conversation) -> dict[str, Any]:
-        return {
-            "model_sha256": self.engine.identity["sha256"],
-            "settings": settings_digest(self.generation(item, conversation[0])),
-        }
+        about = item.kind, self.task.choices_of(item, conversation[0])
+        if about not in self._wanted_of:
+            self._wanted_of[about] = {
+                "model_sha256": self.engine.identity["sha256"],
+                "settings": settings_digest(self.generation(item, conversation[0])),
+            }
+        return self._wanted_of[about]
 
     def _check_questions(self, items: Sequence[Item]) -> None:
         from vla2cli.prompt import check_question

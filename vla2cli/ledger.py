@@ -6,12 +6,14 @@ before; the last record of a key wins. While it is written, an exclusive lock is
     FILE         whole records, each fsynced before `append` returns
     FILE.torn    unfinished last lines that a killed run or a power cut left in FILE
     FILE.bak-N   what FILE was before `force`
+    FILE.part    what is to become FILE at once, see `new_ledger`; a killed merge leaves it
 
 No byte of FILE is ever removed but such an unfinished line, and that only after it is in FILE.torn.
 """
 
 import contextlib
 import fcntl
+import gc
 import hashlib
 import json
 import math
@@ -20,20 +22,30 @@ import stat
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
-from vla2cli.errors import LedgerBusyError, LedgerError, why
+import orjson
+
+from vla2cli.errors import LedgerBusyError, LedgerError, UsageError, why
 
 Record = dict[str, Any]
 Segment = tuple[float | None, float | None]  # start_s, end_s
 Key = tuple[str, str, str, Segment | None, tuple[str, ...]]
 
+MAX_BRACKETS = 500  # Python's reader gives up at some 1,000 levels, orjson a little later
+
 _RECORD_START = b'{"id": "'  # what `append` begins each line with
+_SHAPE = bytes.maketrans(b"123456789{", b"000000000[")
+_LONG = b"0" * 20  # may not fit into 64 bits
+_LONG_NEGATIVE = b"-" + b"0" * 19
+_TEXT = (str, type(None))  # a union would be made anew for each record
+_INTEGER = (int, type(None))
+_LIST = (list, tuple)
 
 
 def key_of(record: Mapping[str, Any]) -> Key:
@@ -42,41 +54,49 @@ def key_of(record: Mapping[str, Any]) -> Key:
     Raises:
         ValueError: the record has no id or task, or one of the fields has the wrong type.
     """
-    segment, history = record.get("segment"), record.get("history") or []
-    question = record.get("question") or ""
-    if not isinstance(record.get("id"), str) or not isinstance(record.get("task"), str):
+    id_, task, question = record.get("id"), record.get("task"), record.get("question") or ""
+    if not isinstance(id_, str) or not isinstance(task, str):
         raise ValueError("a record needs 'id' and 'task', both text")
-    if not isinstance(question, str) or not isinstance(history, list | tuple):
+    history = record.get("history") or ()
+    if not isinstance(question, str) or not isinstance(history, _LIST):
         raise ValueError("'question' must be text and 'history' a list")
+    segment = record.get("segment")
+    span = None if segment is None else _span_of(segment)
+    asked = _questions_of(history) if history else ()
+    # the same few tasks and questions stand in every key of a large ledger
+    return str(id_), sys.intern(str(task)), sys.intern(str(question)), span, asked
+
+
+def _span_of(segment: Any) -> Segment | None:
+    if not isinstance(segment, Mapping):
+        raise ValueError("'segment' must hold start_s and end_s")
+    span = (segment.get("start_s"), segment.get("end_s"))
+    if not all(end is None or isinstance(end, int | float) for end in span):
+        raise ValueError("'segment' must hold numbers")
+    return None if span == (None, None) else span
+
+
+def _questions_of(history: Sequence[Any]) -> tuple[str, ...]:
     if not all(
         isinstance(turn, Mapping) and isinstance(turn.get("question"), str) for turn in history
     ):
         raise ValueError("each turn of 'history' needs a 'question'")
-    span: Segment | None = None
-    if segment is not None:
-        if not isinstance(segment, Mapping):
-            raise ValueError("'segment' must hold start_s and end_s")
-        span = (segment.get("start_s"), segment.get("end_s"))
-        if not all(end is None or isinstance(end, int | float) for end in span):
-            raise ValueError("'segment' must hold numbers")
-        if span == (None, None):
-            span = None
-    # the same few tasks and questions stand in every key of a large ledger
-    asked = tuple(sys.intern(str(turn["question"])) for turn in history)
-    return (
-        str(record["id"]),
-        sys.intern(str(record["task"])),
-        sys.intern(str(question)),
-        span,
-        asked,
-    )
+    return tuple(sys.intern(str(turn["question"])) for turn in history)
 
 
 def settings_digest(record: Mapping[str, Any]) -> str:
     """Digest what changes a text besides file and model: `generation` and `seed`."""
-    settings = {name: clean(record.get(name)) for name in ("generation", "seed")}
-    text = json.dumps(settings, sort_keys=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    settings = {"generation": record.get("generation"), "seed": record.get("seed")}
+    try:
+        return _digest(orjson.dumps(settings))
+    except TypeError:  # what only the plain writer takes
+        return _digest(json.dumps(clean(settings), allow_nan=False).encode())
+
+
+@lru_cache(maxsize=1024)  # a large ledger holds the same few settings
+def _digest(settings: bytes) -> str:
+    text = json.dumps(json.loads(settings), sort_keys=True, allow_nan=False)
+    return sys.intern(hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
 def clean(value: Any) -> Any:
@@ -90,8 +110,7 @@ def clean(value: Any) -> Any:
     return value
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """What resuming needs to know of the last record of a key."""
 
     is_error: bool
@@ -108,13 +127,13 @@ class Entry:
         model = record.get("model")
         model_sha256 = model.get("sha256") if isinstance(model, Mapping) else None
         return cls(
-            is_error=record.get("error") is not None,
-            path=record.get("path"),
-            size_bytes=record.get("size_bytes"),
-            mtime_ns=record.get("mtime_ns"),
-            sha256=record.get("sha256"),
-            model_sha256=sys.intern(model_sha256) if isinstance(model_sha256, str) else None,
-            settings=sys.intern(settings_digest(record)),
+            record.get("error") is not None,
+            record.get("path"),
+            record.get("size_bytes"),
+            record.get("mtime_ns"),
+            record.get("sha256"),
+            sys.intern(model_sha256) if isinstance(model_sha256, str) else None,
+            settings_digest(record),
         )
 
 
@@ -150,6 +169,14 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[int, Record | N
     Raises:
         LedgerError: the file cannot be read.
     """
+    for line_no, found, raw in read_keyed(path):
+        yield line_no, None if found is None else found[1], raw
+
+
+def read_keyed(
+    path: str | os.PathLike[str],
+) -> Iterator[tuple[int, tuple[Key, Record] | None, bytes]]:
+    """Read a ledger as `read_records` does, each record with its key."""
     try:
         with Path(path).open("rb") as file:
             for line_no, raw in enumerate(file, 1):
@@ -166,8 +193,23 @@ def read_index(path: str | os.PathLike[str]) -> dict[Key, Entry]:
     """
     if not os.path.lexists(path):
         return {}
-    records = (record for _, record, _ in read_records(path) if record is not None)
-    return {key_of(record): Entry.of(record) for record in records}
+    keyed = (found for _, found, _ in read_keyed(path) if found is not None)
+    return {key: Entry.of(record) for key, record in keyed}
+
+
+@contextlib.contextmanager
+def paused_collector() -> Iterator[None]:
+    """Keep Python from looking for cycles again and again while millions of objects are made.
+
+    Also a decorator. None of what a ledger is read into has any.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Ledger:
@@ -267,6 +309,7 @@ class Ledger:
             raise LedgerError(f"cannot write '{self._name}': {why(error)}; {state}") from error
         self._index[key] = Entry.of(value)
 
+    @paused_collector()
     def _load(self) -> None:
         is_new = not self.path.exists()
         # no O_TRUNC, and not a byte is written before the whole file has been read
@@ -275,9 +318,10 @@ class Ledger:
         if is_new:
             _sync_folder(self.path.parent)
         torn, is_last_unended = b"", False
-        for line_no, record, raw in read_records(self.path):
-            if record is not None:
-                self._index[key_of(record)] = Entry.of(record)
+        for line_no, found, raw in read_keyed(self.path):
+            if found is not None:
+                key, record = found
+                self._index[key] = Entry.of(record)
                 is_last_unended = not raw.endswith(b"\n")
             elif raw.endswith(b"\n"):
                 self.bad_lines.append(line_no)
@@ -343,6 +387,83 @@ class Ledger:
         _open_ledgers.discard(self)
 
 
+@contextlib.contextmanager
+def new_ledger(
+    path: str | os.PathLike[str], *, force: bool = False
+) -> Iterator[Callable[[bytes], object]]:
+    """Write a ledger at once: when the block ends it is there whole, before that nothing is.
+
+    Args:
+        path: where; lines are gathered in FILE.part beside it, under its lock.
+        force: rename an existing file to FILE.bak-N.
+
+    Yields:
+        What takes the lines, each with its newline.
+
+    Raises:
+        UsageError: it exists.
+        LedgerBusyError: another process holds the lock.
+        LedgerError: it cannot be written; nothing was changed.
+    """
+    name = os.fspath(path)
+    real = check_output(name)
+    part = _beside(real, "part")
+    with Ledger(real, name, _lock(_beside(real, "lock"), name)):
+        check_new(name, force=force)
+        try:
+            with part.open("wb") as file:
+                yield file.write
+                file.flush()
+                os.fsync(file.fileno())
+            if os.path.lexists(real):
+                _set_aside(real)
+            part.rename(real)
+            _sync_folder(real.parent)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            if not isinstance(error, OSError):
+                raise
+            raise LedgerError(f"cannot write '{name}': {why(error)}") from error
+
+
+def check_new(path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Check that a new ledger can stand there.
+
+    Raises:
+        UsageError: something does, and it is not to be renamed by `force`.
+        LedgerError: as `check_output`.
+    """
+    name = os.fspath(path)
+    if os.path.lexists(check_output(name)) and not force:
+        raise UsageError(f"'{name}' exists; --force renames it to FILE.bak-N")
+
+
+def refuse_held(path: str | os.PathLike[str]) -> None:
+    """Refuse a ledger that another process writes; nothing is locked or made.
+
+    Raises:
+        LedgerBusyError: its lock is held.
+        LedgerError: its lock cannot be looked at.
+    """
+    name = os.fspath(path)
+    lock = _beside(Path(os.path.realpath(name)), "lock")
+    try:
+        fd = os.open(lock, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise LedgerError(f"cannot read '{lock}': {why(error)}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LedgerBusyError(_describe_holder(name, os.pread(fd, 4096, 0))) from None
+    except OSError as error:
+        raise LedgerError(f"cannot look at '{lock}': {why(error)}") from error
+    finally:
+        os.close(fd)
+
+
 _open_ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
 
 
@@ -355,21 +476,39 @@ def _forget_in_child() -> None:
 os.register_at_fork(after_in_child=_forget_in_child)
 
 
-def _parse(raw: bytes) -> Record | None:
+def _parse(raw: bytes) -> tuple[Key, Record] | None:
     try:
-        record = json.loads(raw.decode("utf-8-sig"))  # an editor may have put its mark in front
+        record = _load_json(raw)
         if not isinstance(record, dict) or not _has_right_types(record):
             return None
-        key_of(record)
+        return key_of(record), record
     except (ValueError, RecursionError):
         return None
-    return record
+
+
+def _load_json(raw: bytes) -> Any:
+    """Read a line as `json.loads` does, several times as fast.
+
+    What orjson refuses may still be JSON for Python: NaN, lone surrogates, a mark in front. Where
+    it would take what Python does not, or make a float of an integer, it is not asked.
+    """
+    shape = raw.translate(_SHAPE)  # one digit and one bracket stand for all
+    has_long_numbers = _LONG in shape or _LONG_NEGATIVE in shape
+    if not has_long_numbers and shape.count(b"[") < MAX_BRACKETS:
+        try:
+            return orjson.loads(raw)
+        except ValueError:
+            pass  # as below
+    return json.loads(raw.decode("utf-8-sig"))  # an editor may have put its mark in front
 
 
 def _has_right_types(record: Mapping[str, Any]) -> bool:
-    texts = all(isinstance(record.get(name), str | None) for name in ("path", "sha256"))
-    numbers = all(isinstance(record.get(name), int | None) for name in ("size_bytes", "mtime_ns"))
-    return texts and numbers
+    return (
+        isinstance(record.get("path"), _TEXT)
+        and isinstance(record.get("sha256"), _TEXT)
+        and isinstance(record.get("size_bytes"), _INTEGER)
+        and isinstance(record.get("mtime_ns"), _INTEGER)
+    )
 
 
 def is_torn(raw: bytes) -> bool:

@@ -18,6 +18,7 @@ import typer
 from vla2cli.config import GenerationChoice, read_config_file
 from vla2cli.errors import UsageError
 from vla2cli.plan import Sampling
+from vla2cli.shards import Shard, parse_shard
 
 
 def epilog(*examples: str) -> str:
@@ -228,6 +229,16 @@ TopK = Annotated[
 ]
 Seed = Annotated[int, _option("--seed", help="Of sampling; no batch size changes its texts.")]
 
+# which of the items
+ShardName = Annotated[
+    str | None,
+    _option(
+        "--shard",
+        metavar="I/N",
+        help="Do the I-th of N parts of the items; an id is in the same part on any machine.",
+    ),
+]
+
 # the output
 Output = Annotated[
     str | None,
@@ -286,6 +297,7 @@ class RunOptions:
     top_p: float | None
     top_k: int | None
     seed: int
+    shard: str | None
     output: str | None
     force: bool
     retry_errors: bool
@@ -319,7 +331,7 @@ class RunOptions:
             raise UsageError("'-o' is empty; give a file, or - for stdout")
         if self.output in (None, "-") and (self.force or self.retry_errors):
             raise UsageError("--force and --retry-errors are about a ledger; they need -o FILE")
-        _ = self.generation, self.sampling(1)
+        _ = self.generation, self.sampling(1), self.part
 
     @property
     def generation(self) -> GenerationChoice:
@@ -351,6 +363,11 @@ class RunOptions:
             audio_start_s=parse_time(self.audio_start),
             audio_range=self.audio_range,
         )
+
+    @property
+    def part(self) -> Shard | None:
+        """Which of the items are done; None for all."""
+        return None if self.shard is None else parse_shard(self.shard)
 
     @property
     def ledger_path(self) -> str | None:

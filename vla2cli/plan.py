@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from typing import Any, TypeVar
 
 from vla2_models.public import WITH_EARS
 from vla2_models.sound import SoundWindow
 from vla2cli.errors import InputError, NoInputError, UsageError
 from vla2cli.inputs import Item, Kind, encode_name
-from vla2cli.ledger import Entry, Key, is_current, key_of
+from vla2cli.ledger import Entry, Key, is_current, key_of, paused_collector
 from vla2cli.media.pool import DecodePool
 from vla2cli.media.records import ClipRequest, FileState, SoundRequest
 from vla2cli.media.sampling import MAX_FRAMES
@@ -72,12 +73,16 @@ class Task:
         """Return what to ask about a file, every conversation once."""
         if self.asked is not None:
             return tuple((question,) for question in self.asked[item.id])
-        default = (DEFAULT_PROMPT.format(medium=medium),)
-        return tuple(dict.fromkeys(self.conversations)) or (default,)
+        return tuple(dict.fromkeys(self.conversations)) or _default_conversations(medium)
 
     def choices_of(self, item: Item, question: str) -> Choices:
         """Return what the answer to a question about a file has to be one of."""
         return self.choices if self.asked is None else self.asked[item.id][question]
+
+
+@cache  # one text for a million files
+def _default_conversations(medium: str) -> tuple[Conversation, ...]:
+    return ((DEFAULT_PROMPT.format(medium=medium),),)
 
 
 @dataclass(frozen=True)
@@ -186,7 +191,7 @@ class Sampling:
         return (None, None) if self.audio_range == "whole" else (self.start_s, self.end_s)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Work:
     """One file and some conversations about it."""
 
@@ -274,6 +279,7 @@ def _settle_kinds(items: Sequence[Item], pool: DecodePool, *, has_ears: bool) ->
     return settled
 
 
+@paused_collector()
 def make_plan(
     items: Sequence[Item],
     task: Task,
@@ -303,15 +309,14 @@ def make_plan(
         UsageError: a record would be replaced by that of another file with the same id.
     """
     check = _ResumeCheck(task, sampling, pool, lookup, wanted, retry_errors)
-    asked = [
-        (item, conversation)
+    begun = [
+        (item, conversation, check.start(item, conversation))
         for item in items
         for conversation in task.conversations_about(item, sampling.medium_of(item))
     ]
-    decisions = [check.start(item, conversation) for item, conversation in asked]
     split: dict[str, list[Work]] = {"todo": [], "done": [], "failed": []}
-    for (item, conversation), decide in zip(asked, decisions, strict=True):
-        works = split[decide()]
+    for item, conversation, decided in begun:
+        works = split[decided if isinstance(decided, str) else decided()]
         if works and works[-1].item is item:
             works[-1] = Work(item, (*works[-1].conversations, conversation))
         else:
@@ -331,53 +336,40 @@ class _ResumeCheck:
     retry_errors: bool
     hashes: dict[str, Future[FileState]] = field(default_factory=dict)
 
-    def start(self, item: Item, conversation: Conversation) -> Callable[[], str]:
-        """Begin to decide; the call that comes back says `todo`, `done` or `failed`."""
-        keys = [
-            key_of(key_fields(self.task, self.sampling, item, conversation, turn))
-            for turn in range(len(conversation))
-        ]
-        found = [self.lookup(key) if self.lookup else None for key in keys]
-        known = [entry for entry in found if entry is not None]
-        is_whole = len(known) == len(found)
-        if is_whole and not (self.retry_errors and any(entry.is_error for entry in known)):
-            decide = self._compare(item, conversation, known)
-        else:
-            decide = _todo
-
-        def decide_once() -> str:
-            verdict = decide()
-            if verdict == "todo":
-                _refuse_other_file(item, known)
-            return verdict
-
-        return decide_once
-
-    def _compare(
-        self, item: Item, conversation: Conversation, known: Sequence[Entry]
-    ) -> Callable[[], str]:
-        verdict = "failed" if any(entry.is_error for entry in known) else "done"
+    def start(self, item: Item, conversation: Conversation) -> str | Callable[[], str]:
+        """Say `todo`, `done` or `failed`, or where a file is hashed for it, begin and say later."""
+        known = []
+        for turn in range(len(conversation)):
+            key = key_of(key_fields(self.task, self.sampling, item, conversation, turn))
+            entry = self.lookup(key) if self.lookup else None
+            if entry is not None:
+                known.append(entry)
+        has_errors = any(entry.is_error for entry in known)
+        if len(known) < len(conversation) or (self.retry_errors and has_errors):
+            return self._todo(item, known)
         size_bytes, mtime_ns = _stat(item.path)
         wanted = self.wanted(item, conversation)
         holds = {
             is_current(entry, size_bytes=size_bytes, mtime_ns=mtime_ns, **wanted) for entry in known
         }
         if "changed" in holds:
-            return _todo
+            return self._todo(item, known)
+        verdict = "failed" if has_errors else "done"
         if "hash" not in holds:
-            return lambda: verdict
+            return verdict
         if item.path not in self.hashes:
             self.hashes[item.path] = self.pool.submit_hash(item.path)
         before = {entry.sha256 for entry in known}
-        return lambda: verdict if before == {self._sha256(item)} else "todo"
+        return lambda: verdict if before == {self._sha256(item)} else self._todo(item, known)
+
+    def _todo(self, item: Item, known: Sequence[Entry]) -> str:
+        if known:
+            _refuse_other_file(item, known)
+        return "todo"
 
     def _sha256(self, item: Item) -> str | None:
         state = outcome(self.hashes[item.path])
         return None if isinstance(state, InputError) else state.sha256
-
-
-def _todo() -> str:
-    return "todo"
 
 
 def _refuse_other_file(item: Item, known: Sequence[Entry]) -> None:

@@ -28,6 +28,7 @@ from vla2cli.manifest import Manifest
 from vla2cli.media.pool import DecodePool, Probe, default_num_workers
 from vla2cli.options import RunOptions
 from vla2cli.plan import NO_EARS, Plan, Sampling, Task, Work, count_records, outcome, usable_items
+from vla2cli.shards import Shard
 from vla2cli.stop import Stop
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ def run_batch(
             )
         )
         items = usable_items(found.items, pool, options.modality, has_ears=engine.has_ears)
+        if options.part is not None:
+            items = _select(options.part, items, console)
         ledger = None
         if ledger_path is not None and not options.dry_run:
             ledger = stack.enter_context(Ledger.open(ledger_path, force=options.force))
@@ -110,6 +113,13 @@ def run_batch(
             load_weights(engine, console)
         show = _shower(options, ledger_path, items)
         return _follow(job, plan, run, show, stop, console, ledger_path)
+
+
+def _select(part: Shard, items: Sequence[Item], console: Console) -> list[Item]:
+    """Keep the items of one part, which may be none, and say how many they are."""
+    selected = part.select(items)
+    console.note(f"shard {part}: {len(selected):,} of {count(len(items), 'item')}")
+    return selected
 
 
 def open_engine(options: RunOptions, console: Console) -> Engine:

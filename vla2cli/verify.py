@@ -4,21 +4,15 @@ import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from heapq import merge
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from vla2cli.errors import LedgerError, why
-from vla2cli.ledger import (
-    Key,
-    Record,
-    is_torn,
-    key_of,
-    read_records,
-    start_of,
-)
+from vla2cli.ledger import Entry, Key, Record, is_torn, paused_collector, read_keyed, start_of
 
 # flags that say a text may be no true answer; the others only describe
 DOUBTFUL_FLAGS = frozenset({"empty", "repeating", "not-finite", "partial-video", "short-audio"})
@@ -57,6 +51,7 @@ class Verification:
         return self.findings
 
 
+@paused_collector()
 def verify(
     path: str | os.PathLike[str],
     *,
@@ -75,59 +70,63 @@ def verify(
     Raises:
         LedgerError: the file cannot be read or holds no record at all.
     """
-    winners: dict[Key, tuple[int, bool]] = {}  # line number, is it an error
-    num_records = num_lines = 0
+    winners: dict[Key, _Winner] = {}
+    broken: list[Finding] = []
+    num_records = 0
     is_foreign = False
-    for line_no, record, raw in read_records(path):
-        num_lines = line_no
-        if record is not None:
+    for line_no, found, raw in read_keyed(path):
+        if found is not None:
+            key, record = found
             num_records += 1
-            winners[key_of(record)] = (line_no, record.get("error") is not None)
+            winners.pop(key, None)  # so that they stand in the order of their lines
+            entry = Entry.of(record) if check_files and _has_file(record) else None
+            winners[key] = _Winner(line_no, _judge(line_no, record), entry)
         elif raw.endswith(b"\n") or not is_torn(raw):
             is_foreign = True
+            broken.append(Finding("not-a-record", line_no, None, f"begins with {start_of(raw)}"))
+        else:
+            message = f"{len(raw)} bytes of an unfinished record; the next run repairs this"
+            broken.append(Finding("torn", line_no, None, message))
     if is_foreign and not winners:
         raise LedgerError(f"'{os.fspath(path)}' is not a vla2 ledger: no line of it is a record")
-    errors = sum(is_error for _, is_error in winners.values())
+    judged = [winner.finding for winner in winners.values() if winner.finding is not None]
+    errors = sum(finding.kind == "error" for finding in judged)
     summary = Summary(num_records, len(winners), len(winners) - errors, errors)
-    lines = frozenset(line_no for line_no, _ in winners.values())
-    files = _FileCheck(rehash, root) if check_files else None
-    return Verification(summary, _find(path, num_lines, lines, files))
+    changed = _look_at_files(winners, _FileCheck(rehash, root))
+    return Verification(summary, merge(broken, judged, changed, key=lambda found: found.line))
 
 
-def _find(
-    path: str | os.PathLike[str],
-    num_lines: int,
-    winners: frozenset[int],
-    files: "_FileCheck | None",
-) -> Iterator[Finding]:
-    for line_no, record, raw in read_records(path):
-        if line_no > num_lines:  # written since
-            return
-        if record is None:
-            if raw.endswith(b"\n") or not is_torn(raw):
-                yield Finding("not-a-record", line_no, None, f"begins with {start_of(raw)}")
-            else:
-                message = f"{len(raw)} bytes of an unfinished record; the next run repairs this"
-                yield Finding("torn", line_no, None, message)
-        elif line_no in winners:
-            yield from _judge(line_no, record, files)
+class _Winner(NamedTuple):
+    """The last record of a key, as far as it is looked at."""
+
+    line: int
+    finding: Finding | None
+    entry: Entry | None  # of its file, where that is to be looked at
 
 
-def _judge(line_no: int, record: Record, files: "_FileCheck | None") -> Iterator[Finding]:
+def _judge(line_no: int, record: Record) -> Finding | None:
     error = record.get("error")
     if error is not None:
         parts = [error.get("kind"), error.get("message")] if isinstance(error, dict) else [error]
         message = ": ".join(str(part) for part in parts if part)
-        yield Finding("error", line_no, record["id"], message)
-        return
+        return Finding("error", line_no, record["id"], message)
     flags = record.get("flags")
-    doubtful = [flag for flag in flags if flag in DOUBTFUL_FLAGS] if isinstance(flags, list) else []
-    if doubtful:
-        yield Finding("flagged", line_no, record["id"], ", ".join(doubtful))
-    if files is not None and isinstance(record.get("path"), str) and "://" not in record["path"]:
-        found = files.check(record)
-        if found is not None:
-            yield Finding(found[0], line_no, record["id"], found[1])
+    texts = [flag for flag in flags if isinstance(flag, str)] if isinstance(flags, list) else []
+    doubtful = [flag for flag in texts if flag in DOUBTFUL_FLAGS]
+    return Finding("flagged", line_no, record["id"], ", ".join(doubtful)) if doubtful else None
+
+
+def _has_file(record: Record) -> bool:
+    path = record.get("path")
+    return record.get("error") is None and path is not None and "://" not in path
+
+
+def _look_at_files(winners: Mapping[Key, _Winner], files: "_FileCheck") -> Iterator[Finding]:
+    for key, winner in winners.items():
+        if winner.entry is not None:
+            found = files.check(key[0], winner.entry)
+            if found is not None:
+                yield Finding(found[0], winner.line, key[0], found[1])
 
 
 class _FileCheck:
@@ -136,22 +135,23 @@ class _FileCheck:
     def __init__(self, rehash: bool, root: str | os.PathLike[str] | None) -> None:
         self._rehash = rehash
         self._root = root
-        self._hashes: dict[Path, str] = {}
+        self._hashes: dict[str, str] = {}
 
-    def check(self, record: Record) -> tuple[Literal["missing-file", "changed-file"], str] | None:
-        located = self._locate(record)
+    def check(
+        self, id_: str, entry: Entry
+    ) -> tuple[Literal["missing-file", "changed-file"], str] | None:
+        located = self._locate(id_, entry)
         if located is None:
-            return "missing-file", f"'{record['path']}' does not exist"
+            return "missing-file", f"'{entry.path}' does not exist"
         path, status = located
         if not stat.S_ISREG(status.st_mode):  # reading a pipe could wait for ever
-            return "missing-file", f"'{record['path']}' is not a regular file"
-        size, mtime, sha256 = (record.get(name) for name in ("size_bytes", "mtime_ns", "sha256"))
-        if size not in (None, status.st_size):
-            message = f"'{record['path']}' has {status.st_size:,} bytes, it had {size:,}"
+            return "missing-file", f"'{entry.path}' is not a regular file"
+        if entry.size_bytes not in (None, status.st_size):
+            message = f"'{entry.path}' has {status.st_size:,} bytes, it had {entry.size_bytes:,}"
             return "changed-file", message
-        is_touched = mtime not in (None, status.st_mtime_ns)
-        if sha256 is None:
-            message = f"'{record['path']}' has another modification time and was never hashed"
+        is_touched = entry.mtime_ns not in (None, status.st_mtime_ns)
+        if entry.sha256 is None:
+            message = f"'{entry.path}' has another modification time and was never hashed"
             return ("changed-file", message) if is_touched else None
         if not is_touched and not self._rehash:
             return None
@@ -159,21 +159,19 @@ class _FileCheck:
             try:
                 self._hashes[path] = hash_file(path)
             except OSError as error:
-                return (
-                    "missing-file",
-                    f"'{record['path']}' cannot be read: {why(error)}",
-                )
-        if self._hashes[path] != sha256:
-            return "changed-file", f"'{record['path']}' has other content than it had"
+                return "missing-file", f"'{entry.path}' cannot be read: {why(error)}"
+        if self._hashes[path] != entry.sha256:
+            return "changed-file", f"'{entry.path}' has other content than it had"
         return None
 
-    def _locate(self, record: Record) -> tuple[Path, os.stat_result] | None:
-        names = [record["path"]] if self._root is None else [record["path"], record["id"]]
+    def _locate(self, id_: str, entry: Entry) -> tuple[str, os.stat_result] | None:
+        assert entry.path is not None, f"{id_} has no file"
+        names = [entry.path] if self._root is None else [entry.path, id_]
         for name in names:
-            for written in (name, _decode_name(name)):
-                path = Path(self._root or ".", written)
+            for decode in (str, _decode_name):
                 with contextlib.suppress(OSError, ValueError):
-                    return path, path.stat()
+                    path = os.path.join(self._root or "", decode(name))  # noqa: PTH118  a million
+                    return path, os.stat(path)  # noqa: PTH116
         return None
 
 

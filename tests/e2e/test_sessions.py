@@ -25,7 +25,7 @@ from vla2cli.preprocess import fit_frame, normalise
 from vla2cli.prompt import build_prompt
 from vla2cli.record import FIELDS
 
-COMMANDS = ("caption", "ask", "features", "models", "export", "world", "verify")
+COMMANDS = ("caption", "ask", "features", "models", "export", "world", "verify", "merge")
 # file name -> how a record spells it
 NAMES = {
     name: name for name in ("two words.mp4", "new\nline.mp4", "ünï漢字.mp4", 'it\'s "$HOME".mp4')
@@ -434,9 +434,10 @@ def test_help_ends_with_two_examples(helps, command):
 def test_examples_in_help_work_as_typed(vla2, helps, place):
     env = {"VLA2_MODEL": None, "VLA2_HUB_DIR": None, "VLA2_MAX_NEW_TOKENS": "6"}
     commands = [line for name in COMMANDS for line in _examples(helps[name].stdout)]
-    # verify looks at what caption wrote
+    # these look at what caption wrote
+    readers = ("vla2 verify", "vla2 merge")
     for later in (False, True):
-        lines = [line for line in commands if line.startswith("vla2 verify") is later]
+        lines = [line for line in commands if line.startswith(readers) is later]
         calls = [partial(vla2, *shlex.split(line)[1:], env=env, cwd=place) for line in lines]
         for line, done in zip(lines, together(*calls), strict=True):
             assert done.code == 0, f"{line}: {done.stderr}"
@@ -498,12 +499,15 @@ BAD = {
     ),
     "no question": ("ask b.mp4", 2, "only 'b.mp4' was given; expected PATH... QUESTION"),
     "manifest": ("ask --manifest notes.jsonl", 2, "notes.jsonl: line 1: 'one' is no JSON"),
+    "shard": ("caption b.mp4 --shard 5/4", 2, "'--shard 5/4': expected I/N with I from 1 to N"),
     "choices": ("ask b.mp4 Which? --choices left", 2, "'--choices left': expected two options"),
     "then": ("ask b.mp4 --question a --question b --then c", 2, "several were given"),
     "no folder": ("features b.mp4", 2, "they need a folder: -o FOLDER"),
     "tensors": ("features b.mp4 -o f --tensors pixels", 2, "'--tensors pixels': expected all, or"),
     "no ledger": ("verify gone.jsonl", 1, "cannot read 'gone.jsonl': no such file"),
     "not a ledger": ("verify notes.jsonl", 1, "'notes.jsonl' is not a vla2 ledger"),
+    "nowhere to merge": ("merge notes.jsonl", 2, "merge writes a new ledger: give -o FILE"),
+    "nothing to merge": ("merge notes.jsonl -o c.jsonl", 1, "'notes.jsonl' is not a vla2 ledger"),
     "command": ("capton b.mp4", 2, "capton"),
 }
 

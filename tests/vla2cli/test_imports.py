@@ -38,6 +38,7 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
         ["export", "-h"],
         ["train", "-h"],
         ["export", "--list"],
+        ["merge", "-h"],
         ["world", "-h"],
         ["world", "score", "-h"],
     ],

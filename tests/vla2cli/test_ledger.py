@@ -1,6 +1,7 @@
 """The ledger: whole lines only, one writer, nothing lost when the run or the power goes."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -593,3 +594,73 @@ def test_record_of_wrong_types_is_none_and_a_byte_order_mark_no_harm(
     with Ledger.open(path) as ledger:
         assert len(ledger) == 2
         assert ledger.bad_lines == [2]
+
+
+HOSTILE = {
+    "NaN": b'{"id": "a", "task": "t", "x": [NaN, Infinity, -Infinity]}',
+    "huge float": b'{"id": "a", "task": "t", "x": [1e400, -1e400, 1e-400]}',
+    "size of 65 bits": b'{"id": "a", "task": "t", "size_bytes": 18446744073709551616}',
+    "negative of 65 bits": b'{"id": "a", "task": "t", "mtime_ns": -9223372036854775809}',
+    "size that is a float": b'{"id": "a", "task": "t", "size_bytes": 1e3}',
+    "size of 64 bits": b'{"id": "a", "task": "t", "size_bytes": 18446744073709551615}',
+    "negative of 64 bits": b'{"id": "a", "task": "t", "mtime_ns": -9223372036854775808}',
+    "long seed": b'{"id": "a", "task": "t", "seed": 123456789012345678901234567890}',
+    "endless number": b'{"id": "a", "task": "t", "seed": ' + b"1" * 5000 + b"}",
+    "long fraction": b'{"id": "a", "task": "t", "x": 0.1000000000000000055511151231257827}',
+    "minus nought": b'{"id": "a", "task": "t", "x": [-0, -0.0]}',
+    "lone surrogate": b'{"id": "a\\udcff", "task": "t", "text": "\\udc00\\ud800"}',
+    "pair": b'{"id": "a\\ud83d\\ude00", "task": "t"}',
+    "mark in front": b'\xef\xbb\xbf{"id": "a", "task": "t"}',
+    "two marks": b'\xef\xbb\xbf\xef\xbb\xbf{"id": "a", "task": "t"}',
+    "same name twice": b'{"id": "a", "task": "t", "id": "b", "text": 1, "text": 2}',
+    "spaces": b' \t\r{"id" :\t"a" , "task":"t"} \r',
+    "odd space": b'\x0c{"id": "a", "task": "t"}',
+    "nul": b'{"id": "a", "task": "t"}\0',
+    "escaped nul": b'{"id": "a\\u0000", "task": "t"}',
+    "control character": b'{"id": "a\x01", "task": "t"}',
+    "delete": b'{"id": "a\x7f", "task": "t"}',
+    "latin1": b'{"id": "caf\xe9", "task": "t"}',
+    "overlong": b'{"id": "\xc0\x80", "task": "t"}',
+    "surrogate in bytes": b'{"id": "\xed\xa0\x80", "task": "t"}',
+    "beyond unicode": b'{"id": "\xf4\x90\x80\x80", "task": "t"}',
+    "UTF-16": '{"id": "a", "task": "t"}'.encode("utf-16"),
+    "comma at the end": b'{"id": "a", "task": "t",}',
+    "two values": b'{"id": "a", "task": "t"} {}',
+    "bare name": b"{id: 1}",
+    "true id": b'{"id": true, "task": "t"}',
+    "true size": b'{"id": "a", "task": "t", "size_bytes": true}',
+    "600 deep": b'{"id": "a", "task": "t", "x": ' + b"[" * 600 + b"]" * 600 + b"}",
+    "1010 deep": b'{"id": "a", "task": "t", "x": ' + b"[" * 1010 + b"]" * 1010 + b"}",
+    "segment of a word": b'{"id": "a", "task": "t", "segment": {"start_s": "1"}}',
+    "segment of 65 bits": b'{"id": "a", "task": "t", "segment": {"start_s": 18446744073709551617}}',
+    "turn without question": b'{"id": "a", "task": "t", "history": [{}]}',
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("line", HOSTILE.values(), ids=HOSTILE.keys())
+def test_line_is_a_record_where_python_reads_one_and_the_same(path: Path, line: bytes) -> None:
+    expected: Any
+    try:
+        expected = json.loads(line.decode("utf-8-sig"))
+        key_of(expected)
+        if not isinstance(expected.get("size_bytes"), int | None):
+            expected = None
+    except (ValueError, AttributeError, RecursionError):
+        expected = None
+    path.write_bytes(line + b"\n")
+    ((_, found, raw),) = read_records(path)
+    assert raw == line + b"\n"
+    assert repr(found) == repr(expected)  # 1 and 1.0, nan, and the order of names
+
+
+def test_settings_too_odd_for_the_fast_writer_are_digested_as_ever() -> None:
+    plain = {"generation": {"stop": "a\udcff", "n": 2**70, "x": math.nan}, "seed": 2**64}
+    text = json.dumps({**plain, "generation": {**plain["generation"], "x": None}}, sort_keys=True)
+    assert settings_digest(plain) == hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def test_settings_digest_is_that_of_sorted_json() -> None:
+    settings = {"generation": {"b": [1, 1.0, -0.0, 1e22], "a": "é\n"}, "seed": None}
+    text = json.dumps(settings, sort_keys=True)
+    assert settings_digest(settings) == hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,273 @@
+"""`vla2 merge`: the ledgers of shards, or of any runs, joined into one.
+
+Within one ledger the last record of a key wins. Of several ledgers, the same record is taken once
+and an error gives way to a text; two records that say different things are a conflict, and nothing
+is written. What is written are the lines as they stand, by input and by line.
+"""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import hashlib
+import json as jsonlib
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, NamedTuple
+
+import orjson
+import typer
+
+from vla2cli import options as opt
+from vla2cli.console import Console, count, print_data
+from vla2cli.errors import LedgerError, UsageError, why
+from vla2cli.ledger import (
+    Key,
+    Record,
+    check_new,
+    is_torn,
+    new_ledger,
+    paused_collector,
+    read_keyed,
+    refuse_held,
+)
+
+EXAMPLES = opt.epilog(
+    "vla2 merge .demo/captions.jsonl -o .demo/last.jsonl --force",
+    "vla2 merge .demo/captions.jsonl .demo/captions.jsonl -o .demo/both.jsonl --force",
+)
+MAY_DIFFER = ("created", "timings_s")  # between two records that are the same
+SHOWN_CHARS = 60  # of a question in a message
+
+
+def merge(
+    ledgers: Annotated[
+        list[str], typer.Argument(metavar="LEDGER", help="JSON Lines files that vla2 wrote.")
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", envvar="VLA2_OUTPUT", help="The new ledger."),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", "-f", help="Replace an output that exists; it becomes FILE.bak-N."),
+    ] = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Join the ledgers of shards, or of any runs, into one.
+
+    The same record is taken once, and an error gives way to a text. Where two ledgers say different
+    things under one key, nothing is written. The ledgers themselves are not changed.
+    """
+    console = Console(quiet=quiet, verbose=verbose)
+    if output in (None, "", "-"):
+        raise UsageError("merge writes a new ledger: give -o FILE")
+    merged = merge_ledgers(ledgers, output, force=force)
+    if json:
+        print_data(dataclasses.asdict(merged))
+    for source in merged.inputs:
+        console.detail(
+            f"{source.path}: {count(source.records, 'record')}, {count(source.keys, 'key')}, "
+            f"{source.taken:,} taken"
+        )
+        _note_left_out(source, console)
+    console.note(
+        f"{output}: {count(merged.records, 'record')} of {count(len(ledgers), 'ledger')}, "
+        f"{merged.done:,} done, {count(merged.errors, 'error')}"
+    )
+    is_short = any(source.bad_lines or source.torn_bytes for source in merged.inputs)
+    raise typer.Exit(3 if is_short else 0)
+
+
+def _note_left_out(source: Input, console: Console) -> None:
+    if source.torn_bytes:
+        console.note(
+            f"vla2: {source.path}: {source.torn_bytes} bytes of an unfinished record left out"
+        )
+    if source.bad_lines:
+        console.note(
+            f"vla2: {source.path}: lines that are no record: {len(source.bad_lines):,}, left out "
+            f"(first: {source.bad_lines[0]}); see: vla2 verify {source.path}"
+        )
+
+
+@dataclass
+class Input:
+    """One ledger that is merged."""
+
+    path: str
+    records: int = 0
+    keys: int = 0
+    taken: int = 0  # records that the output has from here
+    bad_lines: list[int] = field(default_factory=list)  # numbers of those that are no records
+    torn_bytes: int = 0  # of an unfinished last line
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge has written."""
+
+    output: str
+    records: int
+    done: int
+    errors: int
+    inputs: tuple[Input, ...]
+
+
+class _Kept(NamedTuple):
+    """The record of a key, as far as others are held against it."""
+
+    input_idx: int
+    line: int  # from 1
+    is_error: bool
+    content: bytes  # digest of all but `MAY_DIFFER`
+
+
+def merge_ledgers(
+    paths: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], *, force: bool = False
+) -> Merged:
+    """Join ledgers into a new one, which is there whole or not at all.
+
+    Args:
+        paths: the ledgers; they are not changed.
+        output: the new one.
+        force: rename a file that is there to FILE.bak-N.
+
+    Raises:
+        UsageError: the output is one of the inputs, or exists.
+        LedgerBusyError: a run writes to one of the files.
+        LedgerError: two ledgers contradict each other, or a file cannot be read or written.
+    """
+    inputs = [Input(os.fspath(path)) for path in paths]
+    for source in inputs:
+        if _is_same_file(source.path, output):
+            raise UsageError(f"'{source.path}' is an input; choose another -o")
+    check_new(output, force=force)
+    states = [_state_of(source) for source in inputs]
+    kept = _choose(inputs)
+    lines: list[set[int]] = [set() for _ in inputs]
+    for chosen in kept.values():
+        lines[chosen.input_idx].add(chosen.line)
+    with new_ledger(output, force=force) as write:
+        for source, taken, state in zip(inputs, lines, states, strict=True):
+            source.taken = len(taken)
+            for raw in _lines(source, taken):
+                write(raw)
+            if _state_of(source) != state:
+                raise LedgerError(
+                    f"'{source.path}' was changed while it was read; run the same command again"
+                )
+    errors = sum(chosen.is_error for chosen in kept.values())
+    return Merged(os.fspath(output), len(kept), len(kept) - errors, errors, tuple(inputs))
+
+
+def _is_same_file(first: str, second: str | os.PathLike[str]) -> bool:
+    try:
+        return os.path.samefile(first, second)  # noqa: PTH121
+    except OSError:
+        return False
+
+
+def _state_of(source: Input) -> tuple[int, ...]:
+    """Say which file it is and how it stands; a pipe could not be read twice."""
+    try:
+        status = os.stat(source.path)  # noqa: PTH116
+    except OSError as error:
+        raise LedgerError(f"cannot read '{source.path}': {why(error)}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise LedgerError(f"'{source.path}' is not a regular file")
+    refuse_held(source.path)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@paused_collector()
+def _choose(inputs: Sequence[Input]) -> dict[Key, _Kept]:
+    kept: dict[Key, _Kept] = {}
+    conflicts: dict[Key, tuple[_Kept, _Kept]] = {}
+    for idx, source in enumerate(inputs):
+        for key, new in _read(source, idx).items():
+            old = kept.get(key)
+            if old is None or (old.is_error and not new.is_error):
+                kept[key] = new
+                conflicts.pop(key, None)  # of two errors
+            elif old.content != new.content and old.is_error == new.is_error:
+                conflicts.setdefault(key, (old, new))
+    if conflicts:
+        raise LedgerError(_describe(conflicts, inputs))
+    return kept
+
+
+def _read(source: Input, idx: int) -> dict[Key, _Kept]:
+    last: dict[Key, _Kept] = {}
+    for line, found, raw in read_keyed(source.path):
+        if found is not None:
+            key, record = found
+            source.records += 1
+            last[key] = _Kept(idx, line, record.get("error") is not None, _content(record))
+        elif raw.endswith(b"\n") or not is_torn(raw):
+            source.bad_lines.append(line)
+        else:
+            source.torn_bytes = len(raw)
+    if source.bad_lines and not last:
+        raise LedgerError(f"'{source.path}' is not a vla2 ledger: no line of it is a record")
+    source.keys = len(last)
+    return last
+
+
+def _content(record: Record, only: str | None = None) -> bytes:
+    """Digest all of a record, or one field, but what may differ."""
+    fixed = {
+        name: value
+        for name, value in record.items()
+        if name not in MAY_DIFFER and only in (None, name)
+    }
+    try:
+        text = orjson.dumps(fixed, option=orjson.OPT_SORT_KEYS)
+    except TypeError:  # what only the plain writer takes
+        text = jsonlib.dumps(fixed, sort_keys=True).encode()
+    return hashlib.blake2b(text, digest_size=16).digest()
+
+
+def _lines(source: Input, wanted: set[int]) -> Iterator[bytes]:
+    """Yield the wanted lines as they stand, each with its end and without an editor's mark."""
+    try:
+        with open(source.path, "rb") as file:  # noqa: PTH123
+            for line, raw in enumerate(file, 1):
+                if line in wanted:
+                    yield raw.removeprefix(codecs.BOM_UTF8).removesuffix(b"\n") + b"\n"
+    except OSError as error:
+        raise LedgerError(f"cannot read '{source.path}': {why(error)}") from error
+
+
+def _describe(conflicts: dict[Key, tuple[_Kept, _Kept]], inputs: Sequence[Input]) -> str:
+    key, pair = next(iter(conflicts.items()))
+    first, second = (_record(inputs[kept.input_idx], kept.line) for kept in pair)
+    names = dict.fromkeys([*first, *second])
+    differing = [name for name in names if _content(first, name) != _content(second, name)]
+    places = " and ".join(f"'{inputs[kept.input_idx].path}' line {kept.line}" for kept in pair)
+    keys = "1 key has" if len(conflicts) == 1 else f"{len(conflicts):,} keys have"
+    return (
+        f"{keys} two different records, nothing was written: {_describe_key(key)} in {places}, "
+        f"which differ in {', '.join(differing)}; leave one of the ledgers out"
+    )
+
+
+def _describe_key(key: Key) -> str:
+    id_, task, question, segment, asked = key
+    parts = [f"id '{id_}'", f"task {task}"]
+    shown = question if len(question) <= SHOWN_CHARS else f"{question[:SHOWN_CHARS]}…"
+    parts += [f"question '{shown}'"] if question else []
+    parts += [f"after {count(len(asked), 'question')}"] if asked else []
+    if segment is not None:
+        parts.append("segment {}-{} s".format(*("" if end is None else end for end in segment)))
+    return ", ".join(parts)
+
+
+def _record(source: Input, line: int) -> dict[str, Any]:
+    found = next(found for number, found, _ in read_keyed(source.path) if number == line)
+    return {} if found is None else found[1]
