@@ -119,7 +119,7 @@ def ask_manifest(
     """
     listed = read_manifest(os.fspath(manifest))
     with ExitStack() as stack:
-        task = Task("ask", asked=listed.asked)
+        task = Task("ask")
         job = _open_job(stack, engine, task, sampling, generation, batch, output)
         yield from job.run(_todo(job, listed, retry_errors))
 

@@ -219,7 +219,7 @@ def ask(
         if paths or question or then:
             raise UsageError("--manifest has its own paths and questions; give it alone")
         inputs = read_manifest(manifest, choices=weighed)
-        task = Task("ask", asked=inputs.asked)
+        task = Task("ask", choices=weighed)
     else:
         inputs, questions = _split_question(paths or [], question or [])
         task = Task("ask", _conversations(questions, then or []), choices=weighed)

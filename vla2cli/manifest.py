@@ -13,7 +13,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 from vla2_models.errors import one_line
@@ -27,8 +27,7 @@ class Manifest:
     """What to ask of which files."""
 
     name: str  # as the user gave it
-    items: tuple[Item, ...]  # in the order in which they come up first
-    asked: dict[str, dict[str, Choices]]  # id of an item -> question -> what to choose from
+    items: tuple[Item, ...]  # in the order in which they come up first, with what is asked of each
 
     def found(self, modality: str) -> Found:
         """Return the files as a search gives them; those of another modality are counted only."""
@@ -123,8 +122,8 @@ class _Reading:
             self._take(line)
         if not self.items:
             raise NoInputError(f"'{self.name}' holds no line with a path and a question")
-        items = tuple(item for item, _ in self.items.values())
-        return Manifest(self.name, items, self.asked)
+        items = (replace(item, asked=self.asked[item.id]) for item, _ in self.items.values())
+        return Manifest(self.name, tuple(items))
 
     def _take(self, line: Line) -> None:
         where, id_, path, question = line.where, line.id, line.path, line.question

@@ -65,27 +65,25 @@ class Task:
     conversations: tuple[Conversation, ...] = ()  # none: the default prompt of the medium
     options: Mapping[str, Any] = field(default_factory=dict)  # put into a record's `generation`
     choices: Choices = ()  # for every question
-    # of a manifest, instead of conversations and choices: id -> question -> what to choose from
-    asked: Mapping[str, Mapping[str, Choices]] | None = None
 
     def conversations_about(self, item: Item, medium: str) -> tuple[Conversation, ...]:
-        """Return what to ask about a file, every conversation once."""
-        if self.asked is not None:
-            return tuple((question,) for question in self.asked[item.id])
+        """Return what to ask about an item, every conversation once."""
+        if item.asked:
+            return tuple((question,) for question in item.asked)
         default = (DEFAULT_PROMPT.format(medium=medium),)
         return tuple(dict.fromkeys(self.conversations)) or (default,)
 
     def choices_of(self, item: Item, question: str) -> Choices:
-        """Return what the answer to a question about a file has to be one of."""
-        return self.choices if self.asked is None else self.asked[item.id][question]
+        """Return what the answer to a question about an item has to be one of."""
+        return item.asked.get(question, self.choices)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What of a file is looked at, and what is listened to where the model has ears."""
+    """What of each file is looked at, and what is listened to where the model has ears."""
 
     num_frames: int
-    start_s: float | None = None
+    start_s: float | None = None  # of the items without a range of their own
     end_s: float | None = None
     decoder: str = "pyav"
     modality: str = "auto"  # as the flag: auto, video, image, audio or av
@@ -110,10 +108,10 @@ class Sampling:
             raise UsageError(
                 f"'--audio-range {self.audio_range}': expected {' or '.join(AUDIO_RANGES)}"
             )
-        start_s, end_s = self._sound_range()
-        if self.audio_start_s is not None and not (
-            (start_s or 0.0) <= self.audio_start_s < (end_s or float("inf"))
-        ):
+        begin_s, end_s = self.start_s or 0.0, self.end_s or float("inf")
+        if self.audio_range == "whole":
+            begin_s, end_s = 0.0, float("inf")
+        if self.audio_start_s is not None and not begin_s <= self.audio_start_s < end_s:
             raise UsageError(
                 f"'--audio-start {self.audio_start_s:g}' lies outside of --start and --end"
             )
@@ -134,11 +132,21 @@ class Sampling:
             medium == "audio" or (medium == "video" and self.modality in ("auto", "av"))
         )
 
+    def range_of(self, item: Item) -> tuple[float | None, float | None]:
+        """Return where the part of an item begins and ends that is asked about, None: it is open.
+
+        A range of its own goes before that of all files.
+        """
+        if item.is_part:
+            return item.start_s, item.end_s
+        if self.audio_range == "whole" and self.medium_of(item) == "audio":
+            return None, None
+        return self.start_s, self.end_s
+
     def segment_of(self, item: Item) -> dict[str, float | None] | None:
         """Return the record's `segment`: null for a whole file, and for a picture."""
-        medium = self.medium_of(item)
-        start_s, end_s = self._sound_range() if medium == "audio" else (self.start_s, self.end_s)
-        if medium == "image" or (start_s is None and end_s is None):
+        start_s, end_s = self.range_of(item)
+        if item.kind == "image" or (start_s is None and end_s is None):
             return None
         return {"start_s": start_s, "end_s": end_s}
 
@@ -151,7 +159,7 @@ class Sampling:
         if window != SoundWindow():
             fields["sound_window"] = asdict(window)
         if self.medium_of(item) == "audio":
-            start_s, _ = self._sound_range()
+            start_s, _ = self.range_of(item)
             return {**fields, "audio_start_s": self.audio_start_s or start_s or 0.0}
         if self.segment_of(item):
             fields["audio_range"] = self.audio_range
@@ -161,14 +169,15 @@ class Sampling:
         self, item: Item, geometry: FrameGeometry, window: SoundWindow | None
     ) -> ClipRequest:
         """Ask the decoder for one file; a model without ears has no window."""
+        start_s, end_s = self.range_of(item)
         sound = None
         if window is not None and self.is_heard(item, window):
-            start_s, end_s = self._sound_range()
+            is_whole = self.audio_range == "whole" and self.medium_of(item) == "video"
             sound = SoundRequest(
                 window=window,
                 is_required=self.modality == "av",
-                start_s=start_s,
-                end_s=end_s,
+                start_s=None if is_whole else start_s,
+                end_s=None if is_whole else end_s,
                 audio_start_s=self.audio_start_s,
             )
         return ClipRequest(
@@ -176,19 +185,16 @@ class Sampling:
             kind="audio" if self.medium_of(item) == "audio" else item.kind,
             geometry=geometry,
             num_frames=self.num_frames,
-            start_s=self.start_s,
-            end_s=self.end_s,
+            start_s=start_s,
+            end_s=end_s,
             decoder=self.decoder,
             sound=sound,
         )
 
-    def _sound_range(self) -> tuple[float | None, float | None]:
-        return (None, None) if self.audio_range == "whole" else (self.start_s, self.end_s)
-
 
 @dataclass(frozen=True)
 class Work:
-    """One file and some conversations about it."""
+    """One item and some conversations about it."""
 
     item: Item
     conversations: tuple[Conversation, ...]
@@ -300,8 +306,10 @@ def make_plan(
         retry_errors: whether what failed before is to do.
 
     Raises:
-        UsageError: a record would be replaced by that of another file with the same id.
+        UsageError: a record would be replaced by that of another file with the same id, or the
+            sampling says where sound begins and so does the range of an item.
     """
+    _check_audio_start(items, sampling)
     check = _ResumeCheck(task, sampling, pool, lookup, wanted, retry_errors)
     asked = [
         (item, conversation)
@@ -378,6 +386,15 @@ class _ResumeCheck:
 
 def _todo() -> str:
     return "todo"
+
+
+def _check_audio_start(items: Sequence[Item], sampling: Sampling) -> None:
+    parts = [item for item in items if item.is_part]
+    if parts and sampling.audio_start_s is not None:
+        raise UsageError(
+            f"'--audio-start {sampling.audio_start_s:g}': '{parts[0].id}' has a range of its own, "
+            "whose sound is heard from its beginning"
+        )
 
 
 def _refuse_other_file(item: Item, known: Sequence[Entry]) -> None:

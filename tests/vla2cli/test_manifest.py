@@ -62,15 +62,19 @@ def test_paths_start_from_its_folder_and_are_the_ids(write):
     manifest = read_manifest(write(GOOD, {"path": "sub/ünï.mp4", "question": "Why?"}))
     folder = Path(manifest.name).parent
     assert manifest.items == (
-        Item("a.mp4", f"{folder}/a.mp4", "video"),
-        Item("sub/ünï.mp4", f"{folder}/sub/ünï.mp4", "video"),
+        Item("a.mp4", f"{folder}/a.mp4", "video", asked={"What moves?": ()}),
+        Item("sub/ünï.mp4", f"{folder}/sub/ünï.mp4", "video", asked={"Why?": ()}),
     )
 
 
 def test_an_absolute_path_stays_and_standard_input_starts_from_here():
     lines = io.BytesIO(b'{"path": "/srv/a.wav", "question": "?"}\n\n{"path": "b", "question": "?"}')
     manifest = read_manifest("-", stdin=lines)
-    assert manifest.items == (Item("/srv/a.wav", "/srv/a.wav", "audio"), Item("b", "b", "unknown"))
+    asked = {"?": ()}
+    assert manifest.items == (
+        Item("/srv/a.wav", "/srv/a.wav", "audio", asked=asked),
+        Item("b", "b", "unknown", asked=asked),
+    )
 
 
 def test_lines_about_one_file_are_questions_about_one_item_in_their_order(write):
@@ -79,7 +83,7 @@ def test_lines_about_one_file_are_questions_about_one_item_in_their_order(write)
         write(GOOD, about_b, {**GOOD, "question": "Which way?", "choices": SIDES}, GOOD)
     )
     assert [item.id for item in manifest.items] == ["a.mp4", "b.mp4"]
-    assert manifest.asked == {
+    assert {item.id: item.asked for item in manifest.items} == {
         "a.mp4": {"What moves?": (), "Which way?": tuple(SIDES)},
         "b.mp4": {"Why?": ()},
     }
@@ -89,7 +93,7 @@ def test_lines_without_choices_take_those_of_the_command(write):
     manifest = read_manifest(
         write(GOOD, {**GOOD, "question": "Is it?", "choices": ["yes", "no"]}), choices=("a", "b")
     )
-    assert manifest.asked["a.mp4"] == {"What moves?": ("a", "b"), "Is it?": ("yes", "no")}
+    assert manifest.items[0].asked == {"What moves?": ("a", "b"), "Is it?": ("yes", "no")}
 
 
 def test_an_id_of_its_own_makes_an_item_of_its_own(write):
