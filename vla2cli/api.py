@@ -16,6 +16,7 @@ from vla2cli.ledger import Ledger, Record
 from vla2cli.manifest import Manifest, read_manifest
 from vla2cli.media.pool import DecodePool, default_num_workers
 from vla2cli.plan import Sampling, Task, Work, is_choice, usable_items
+from vla2cli.segments import cut_items
 
 StrPath = str | os.PathLike[str]
 Paths = StrPath | Iterable[StrPath]
@@ -200,5 +201,5 @@ def _todo(
         roots = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
         found = find_items([os.fspath(root) for root in roots], modality=modality)
     items = usable_items(found.items, job.pool, modality, has_ears=job.engine.has_ears)
-    plan = job.plan(items, retry_errors=retry_errors)
+    plan = job.plan(cut_items(items, job.sampling, job.pool), retry_errors=retry_errors)
     return [*plan.todo, *filter(is_missing, plan.done)]

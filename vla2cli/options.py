@@ -168,6 +168,14 @@ Start = Annotated[
     str | None, _option("--start", help="Begin here: seconds, or [hours:]minutes:seconds.")
 ]
 End = Annotated[str | None, _option("--end", help="End here, in the same form.")]
+Every = Annotated[
+    str | None,
+    _option(
+        "--every",
+        metavar="TIME",
+        help="Cut longer videos and sounds into segments of this length, each a record of its own.",
+    ),
+]
 AudioStart = Annotated[
     str | None,
     _option(
@@ -258,6 +266,7 @@ class RunOptions:
     modality: str
     start: str | None
     end: str | None
+    every: str | None
     audio_start: str | None
     audio_range: str
     frames: int | None
@@ -334,6 +343,7 @@ class RunOptions:
             modality=self.modality,
             audio_start_s=parse_time(self.audio_start),
             audio_range=self.audio_range,
+            every_s=parse_time(self.every),
         )
 
     @property

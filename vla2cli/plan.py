@@ -21,6 +21,7 @@ from vla2cli.preprocess import FrameGeometry
 DEFAULT_PROMPT = "Please describe the {medium} in detail."
 NO_EARS = f"this model has no audio branch; --modality audio needs {WITH_EARS}"
 AUDIO_RANGES = ("same", "whole")
+LEAST_EVERY_S = 0.1  # some frames, and far from the milliseconds that a segment's ends are round to
 # modality -> kinds of files that it is about; find_items leaves videos out of folders for `audio`
 KINDS_OF: Mapping[str, frozenset[Kind]] = {
     "auto": frozenset({"video", "image", "audio"}),
@@ -89,6 +90,7 @@ class Sampling:
     modality: str = "auto"  # as the flag: auto, video, image, audio or av
     audio_start_s: float | None = None  # where the window begins in a longer audio file
     audio_range: str = "same"  # same: the sound of the range; whole: of the whole file, as upstream
+    every_s: float | None = None  # what is longer is cut, see `segments.cut_items`
 
     def __post_init__(self) -> None:
         """Refuse what upstream would cut or swap without a word.
@@ -107,6 +109,13 @@ class Sampling:
         if self.audio_range not in AUDIO_RANGES:
             raise UsageError(
                 f"'--audio-range {self.audio_range}': expected {' or '.join(AUDIO_RANGES)}"
+            )
+        if self.every_s is not None and not LEAST_EVERY_S <= self.every_s < float("inf"):
+            raise UsageError(f"'--every {self.every_s:g}': at least {LEAST_EVERY_S} s are needed")
+        if self.every_s is not None and self.audio_start_s is not None:
+            raise UsageError(
+                "--audio-start is one place in a file; with --every each segment is heard from its "
+                "beginning"
             )
         begin_s, end_s = self.start_s or 0.0, self.end_s or float("inf")
         if self.audio_range == "whole":

@@ -28,6 +28,7 @@ from vla2cli.manifest import Manifest
 from vla2cli.media.pool import DecodePool, Probe, default_num_workers
 from vla2cli.options import RunOptions
 from vla2cli.plan import NO_EARS, Plan, Sampling, Task, Work, count_records, outcome, usable_items
+from vla2cli.segments import cut_items
 from vla2cli.stop import Stop
 
 if TYPE_CHECKING:
@@ -95,6 +96,9 @@ def run_batch(
         if ledger_path is not None and not options.dry_run:
             ledger = stack.enter_context(Ledger.open(ledger_path, force=options.force))
             _note_repairs(ledger, ledger_path, console)
+        if sampling.every_s is not None:
+            console.note(f"measuring {count(len({item.id for item in items}), 'file')} …")
+            items = cut_items(items, sampling, pool)
         settings = engine.settings(options.generation)
         job = Job(engine, task, sampling, settings, pool, ledger, batch=options.batch)
         _note_hashing(engine, console)
@@ -272,12 +276,13 @@ def _note_plan(plan: Plan, path: str | None, console: Console) -> None:
 
 
 def _preview(job: Job, plan: Plan, console: Console) -> int:
-    """Say what would be done: first the files to do, then those to skip; as JSON Lines."""
-    probes = [(work, job.pool.submit_probe(work.item.path, work.item.kind)) for work in plan.todo]
+    """Say what would be done: first the items to do, then those to skip; as JSON Lines."""
+    files = dict.fromkeys((work.item.path, work.item.kind) for work in plan.todo)
+    probes = {file: job.pool.submit_probe(*file) for file in files}
     num_unreadable = 0
-    for work, probe in probes:
-        found = outcome(probe)
-        line: dict[str, Any] = {"id": work.item.id, "action": job.task.name}
+    for work in plan.todo:
+        found = outcome(probes[work.item.path, work.item.kind])
+        line = _preview_line(job, work.item, job.task.name)
         if isinstance(found, InputError):
             num_unreadable += work.num_records
             line |= {"action": "unreadable", "why": str(found)}
@@ -286,13 +291,18 @@ def _preview(job: Job, plan: Plan, console: Console) -> int:
         print_data(line)
     for works, why in ((plan.done, "done"), (plan.failed, "error")):
         for work in works:
-            print_data({"id": work.item.id, "action": "skip", "why": why})
+            print_data({**_preview_line(job, work.item, "skip"), "why": why})
     done = count_records(plan.done) + count_records(plan.failed)
     console.note(
         f"{count_records(plan.todo) - num_unreadable:,} to do, {done:,} done, "
         f"{num_unreadable:,} unreadable; nothing was run"
     )
     return 0
+
+
+def _preview_line(job: Job, item: Item, action: str) -> dict[str, Any]:
+    segment = job.sampling.segment_of(item)
+    return {"id": item.id, "action": action} | ({"segment": segment} if segment else {})
 
 
 def _preview_fields(job: Job, item: Item, found: Probe) -> dict[str, Any]:

@@ -131,6 +131,10 @@ def ran(vla2, place):
         "glob": partial(
             run, "caption", "examples/0[1-3].*", "--start", "0:01", "--end", "2", "--frames", "4"
         ),
+        "every": partial(
+            run, "caption", "examples/01.mp4", "examples/09.png", "--every", "0:02", "--end", "4.6"
+        ),
+        "every, first": partial(run, "caption", "b.mp4", "--every", "2", "--dry-run"),
         "sound": partial(run, "caption", "examples/01.mp4", "--modality", "av"),
         "cuda": partial(
             run, "caption", "b.mp4", "--device", "cuda", env={"CUDA_VISIBLE_DEVICES": ""}
@@ -236,6 +240,22 @@ def test_glob_range_and_frames_reach_the_record(ran):
         times = record["frames"]["timestamps_s"]
         assert len(times) == 4
         assert 1 <= times[0] < times[-1] <= 2
+
+
+def test_long_files_are_cut_and_each_segment_is_a_record(ran):
+    done = ran["every"]
+    assert done.code == 0
+    found = {(r["id"], str(r["segment"])): r["frames"]["timestamps_s"] for r in done.records}
+    spans = [(0.0, 2.0), (2.0, 4.0), (4.0, 4.6)]
+    expected = {("01.mp4", str(dict(zip(("start_s", "end_s"), span)))): span for span in spans}
+    assert found.keys() == {*expected, ("09.png", "None")}
+    for key, (start_s, end_s) in expected.items():
+        assert start_s - 0.1 <= found[key][0] < found[key][-1] < end_s
+    assert "measuring 2 files …" in done.stderr
+    assert "4 items: 4 captions, 0 errors" in done.stderr
+    segments = [line["segment"] for line in ran["every, first"].records]
+    assert segments == [{"start_s": a, "end_s": b} for a, b in [*spans[:2], (4.0, 5.0)]]
+    assert "3 to do, 0 done, 0 unreadable; nothing was run" in ran["every, first"].stderr
 
 
 def test_flag_beats_variable_beats_file_beats_default(ran):
@@ -483,6 +503,8 @@ BAD = {
     "top-p": ("caption b.mp4 --top-p 0.5", 2, "need '--temperature' above 0"),
     "time": ("caption b.mp4 --start soon", 2, "'soon' is no time; expected seconds like 12.5"),
     "range": ("caption b.mp4 --start 2 --end 1", 2, "'--end 1': the range ends before it begins"),
+    "every": ("caption b.mp4 --every 0", 2, "'--every 0': at least 0.1 s are needed"),
+    "every so often": ("caption b.mp4 --every nan", 2, "'nan' is no time; expected seconds like"),
     "timeout": ("caption b.mp4 --decode-timeout 0", 2, "'--decode-timeout 0"),
     "modality": ("caption b.mp4 --modality smell", 2, "'smell'"),
     "prompt": ("caption b.mp4 --prompt ' '", 2, "--prompt is empty"),
