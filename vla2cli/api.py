@@ -23,7 +23,7 @@ Paths = StrPath | Iterable[StrPath]
 
 
 def caption(
-    paths: Paths,
+    paths: Paths | Manifest,
     engine: Engine,
     *,
     prompt: str | None = None,
@@ -36,7 +36,7 @@ def caption(
     """Describe files and folders of videos, images and sounds.
 
     Args:
-        paths: one path or several; folders are searched, globs expanded.
+        paths: one path or several, or a manifest; folders are searched, globs expanded.
         engine: from `Engine.load`.
         prompt: asked of every file; by default "Please describe the video in detail."
         sampling: what is looked at and listened to; by default as the checkpoint says.
@@ -99,6 +99,7 @@ def ask_manifest(
     manifest: StrPath,
     engine: Engine,
     *,
+    questions: Sequence[str] = (),
     sampling: Sampling | None = None,
     generation: GenerationChoice | None = None,
     batch: int = 1,
@@ -108,8 +109,9 @@ def ask_manifest(
     """Ask of each file what a manifest says.
 
     Args:
-        manifest: JSON Lines, see `vla2cli.manifest`.
+        manifest: JSON Lines or CSV, see `vla2cli.manifest`.
         engine: from `Engine.load`.
+        questions: for the lines that have none.
         sampling: what is looked at and listened to.
         generation: how the model goes on.
         batch: prompts that are answered together.
@@ -118,9 +120,9 @@ def ask_manifest(
 
     Yields, Raises: as `caption`.
     """
-    listed = read_manifest(os.fspath(manifest))
+    listed = read_manifest(os.fspath(manifest), needs_question=not questions)
     with ExitStack() as stack:
-        task = Task("ask")
+        task = Task("ask", tuple((question,) for question in questions))
         job = _open_job(stack, engine, task, sampling, generation, batch, output)
         yield from job.run(_todo(job, listed, retry_errors))
 

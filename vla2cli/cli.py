@@ -71,7 +71,8 @@ def vla2(
     )
 )
 def caption(
-    paths: opt.Paths,
+    paths: opt.PathsOrNone = None,
+    manifest: opt.ManifestFile = None,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -125,9 +126,11 @@ def caption(
     options = RunOptions.of(locals())
     options.check()
     conversations = ((_spoken(prompt, "--prompt"),),) if prompt is not None else ()
-    raise typer.Exit(
-        run_batch(Task("caption", conversations), paths, options, ledger_path=options.ledger_path)
-    )
+    if bool(paths) == (manifest is not None):
+        raise UsageError("expected PATH..., or --manifest FILE, which has its own paths")
+    inputs = paths if manifest is None else read_manifest(manifest, needs_question=False)
+    task = Task("caption", conversations)
+    raise typer.Exit(run_batch(task, inputs or [], options, ledger_path=options.ledger_path))
 
 
 @app.command(
@@ -154,15 +157,7 @@ def ask(
         list[str] | None,
         typer.Option("--then", help="Asked after the answer, which the model remembers."),
     ] = None,
-    manifest: Annotated[
-        str | None,
-        typer.Option(
-            "--manifest",
-            metavar="FILE",
-            help="JSON Lines of path and question, perhaps id and choices; - for stdin. Paths "
-            "start from its folder.",
-        ),
-    ] = None,
+    manifest: opt.ManifestFile = None,
     choices: Annotated[
         str | None,
         typer.Option(
@@ -216,15 +211,15 @@ def ask(
     weighed = parse_choices(choices)
     if then and weighed:
         raise UsageError("--choices are of one answer; --then goes on from the model's own words")
+    questions = question or []
     inputs: list[str] | Manifest
     if manifest is not None:
-        if paths or question or then:
-            raise UsageError("--manifest has its own paths and questions; give it alone")
-        inputs = read_manifest(manifest, choices=weighed)
-        task = Task("ask", choices=weighed)
+        if paths or then:
+            raise UsageError("--manifest has its own paths and no --then; --question goes with it")
+        inputs = read_manifest(manifest, choices=weighed, needs_question=not questions)
     else:
-        inputs, questions = _split_question(paths or [], question or [])
-        task = Task("ask", _conversations(questions, then or []), choices=weighed)
+        inputs, questions = _split_question(paths or [], questions)
+    task = Task("ask", _conversations(questions, then or []), choices=weighed)
     raise typer.Exit(run_batch(task, inputs, options, ledger_path=options.ledger_path))
 
 

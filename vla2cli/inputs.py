@@ -63,8 +63,8 @@ class Item:
     kind: Kind  # by extension
     start_s: float | None = None  # a range of its own, which goes before that of the command
     end_s: float | None = None
-    # of a manifest: question -> what its answer has to be one of; none: what the command asks
-    asked: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    # of a manifest: question -> what its answer has to be one of; None is what the command asks
+    asked: Mapping[str | None, tuple[str, ...]] = field(default_factory=dict, hash=False)
 
     @property
     def is_part(self) -> bool:

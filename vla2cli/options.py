@@ -16,7 +16,7 @@ import typer
 
 from vla2cli.config import GenerationChoice, read_config_file
 from vla2cli.errors import UsageError
-from vla2cli.plan import Sampling
+from vla2cli.plan import Sampling, parse_time
 
 
 def epilog(*examples: str) -> str:
@@ -51,32 +51,20 @@ def _takes_several(param: Any) -> bool:
     return param.nargs == -1 or getattr(param, "multiple", False)
 
 
-def parse_time(text: str | None) -> float | None:
-    """Read seconds, or `[hours:]minutes:seconds`.
-
-    Raises:
-        UsageError: the text is no time.
-    """
-    if text is None:
-        return None
-    seconds = 0.0
-    try:
-        parts = [float(part) for part in text.split(":")]
-    except ValueError:
-        parts = [-1.0]
-    if len(parts) > 3 or not all(0 <= part < MAX_TIME_S for part in parts):
-        raise UsageError(f"'{text}' is no time; expected seconds like 12.5, or 1:02:03")
-    for part in parts:
-        seconds = seconds * 60 + part
-    return seconds
-
-
-Paths = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="PATH",
-        help="Files, folders (searched to any depth), globs, or - for a list on stdin.",
-        show_default=False,
+_PATHS = typer.Argument(
+    metavar="PATH",
+    help="Files, folders (searched to any depth), globs, or - for a list on stdin.",
+    show_default=False,
+)
+Paths = Annotated[list[str], _PATHS]
+PathsOrNone = Annotated[list[str] | None, _PATHS]
+ManifestFile = Annotated[
+    str | None,
+    typer.Option(
+        "--manifest",
+        metavar="FILE",
+        help="JSON Lines, or CSV with a header line: path, and perhaps id, question, start_s, "
+        "end_s and choices; - for JSON Lines on stdin. Paths start from its folder.",
     ),
 ]
 Config = Annotated[
@@ -241,7 +229,6 @@ Quiet = Annotated[bool, _option("--quiet", "-q", help="Nothing on stderr but wha
 Verbose = Annotated[bool, _option("--verbose", "-v", help="Say more on stderr.")]
 Debug = Annotated[bool, _option("--debug", help="Show the traceback of what went wrong.")]
 
-MAX_TIME_S = 1e9  # thirty years
 DEFAULT_DECODE_TIMEOUT = 60.0  # seconds
 DEFAULT_DECODE_MEMORY = 4.0  # GB
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import Any, TypeVar
 
 from vla2_models.public import WITH_EARS
@@ -21,6 +22,7 @@ from vla2cli.preprocess import FrameGeometry
 DEFAULT_PROMPT = "Please describe the {medium} in detail."
 NO_EARS = f"this model has no audio branch; --modality audio needs {WITH_EARS}"
 AUDIO_RANGES = ("same", "whole")
+MAX_TIME_S = 1e9  # thirty years
 LEAST_EVERY_S = 0.1  # some frames, and far from the milliseconds that a segment's ends are round to
 # modality -> kinds of files that it is about; find_items leaves videos out of folders for `audio`
 KINDS_OF: Mapping[str, frozenset[Kind]] = {
@@ -53,6 +55,26 @@ def parse_choices(text: str | None) -> Choices:
     return choices
 
 
+def parse_time(text: str | None) -> float | None:
+    """Read seconds, or `[hours:]minutes:seconds`.
+
+    Raises:
+        UsageError: the text is no time.
+    """
+    if text is None:
+        return None
+    seconds = 0.0
+    try:
+        parts = [float(part) for part in text.split(":")]
+    except ValueError:
+        parts = [-1.0]
+    if len(parts) > 3 or not all(0 <= part < MAX_TIME_S for part in parts):
+        raise UsageError(f"'{text}' is no time; expected seconds like 12.5, or 1:02:03")
+    for part in parts:
+        seconds = seconds * 60 + part
+    return seconds
+
+
 def is_choice(options: Sequence[str]) -> bool:
     """Tell whether there are two options or more, none empty and none twice."""
     return len(options) >= 2 and all(map(str.strip, options)) and len({*options}) == len(options)
@@ -69,14 +91,13 @@ class Task:
 
     def conversations_about(self, item: Item, medium: str) -> tuple[Conversation, ...]:
         """Return what to ask about an item, every conversation once."""
-        if item.asked:
-            return tuple((question,) for question in item.asked)
-        default = (DEFAULT_PROMPT.format(medium=medium),)
-        return tuple(dict.fromkeys(self.conversations)) or (default,)
+        own = self.conversations or ((DEFAULT_PROMPT.format(medium=medium),),)
+        asked = [own if question is None else ((question,),) for question in item.asked] or [own]
+        return tuple(dict.fromkeys(chain.from_iterable(asked)))
 
     def choices_of(self, item: Item, question: str) -> Choices:
         """Return what the answer to a question about an item has to be one of."""
-        return item.asked.get(question, self.choices)
+        return item.asked.get(question, item.asked.get(None, self.choices))
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,11 @@ MANIFEST = (
     {"path": "examples/09.png", "question": "What is it?", "id": "picture"},
     {"path": "examples/01.mp4", "question": "Which way?", "choices": SIDES},
 )
+TABLE = """\
+path,question,start_s,end_s
+examples/01.mp4,What moves?,,0:02
+examples/01.mp4,,2,
+"""
 SETTINGS = """\
 # the model and its hub folder come from here too
 model: {model}
@@ -67,6 +72,7 @@ def place(hub_dir, tmp_path_factory):
     (folder / "notes/b").write_text("hello")
     (folder / "notes.jsonl").write_text("one\ntwo\n")
     (folder / "sounds/a.wav").write_bytes(b"RIFF")
+    (folder / "parts.CSV").write_bytes(b"\xef\xbb\xbf" + TABLE.encode())
     (folder / "wrong.yaml").write_text("max-new-token: 3\n")
     (folder / "settings.yaml").write_text(SETTINGS.format(model=MODEL_ID, hub_dir=hub_dir))
     shutil.copy(EXAMPLES / "01.mp4", folder / "b.mp4")
@@ -88,6 +94,7 @@ def ran(vla2, place):
     manifest = "".join(f"{json.dumps(line)}\n" for line in MANIFEST).encode()
     sessions = {
         "manifest": partial(run, "ask", "--manifest", "-", "--batch", "2", stdin=manifest),
+        "table": partial(run, "caption", "--manifest", "parts.CSV"),
         "one clip": partial(run, "caption", "examples/01.mp4"),
         "at a terminal": partial(
             run, "ask", "examples/01.mp4", "What moves?", terminals=("stdout", "stderr")
@@ -189,6 +196,16 @@ def test_manifest_asks_each_file_its_own_questions(ran):
     assert way["text"] == way["choice"]["text"] in SIDES
     (alone,) = [r for r in ran["questions"].records if (r["id"], r["question"]) == MOVES]
     assert records["examples/01.mp4", "What moves?"]["text"] == alone["text"]
+
+
+def test_table_captions_parts_of_a_file(ran):
+    done = ran["table"]
+    assert done.code == 0
+    parts = {(r["question"], *r["segment"].values()): r["frames"] for r in done.records}
+    first, second = ("What moves?", None, 2), ("Please describe the video in detail.", 2, None)
+    assert parts.keys() == {first, second}
+    assert max(parts[first]["timestamps_s"]) < 2 <= min(parts[second]["timestamps_s"]) + 0.1
+    assert "2 items: 2 captions, 0 errors" in done.stderr
 
 
 def test_question_at_a_terminal_is_answered_by_the_text_alone(ran):
@@ -520,6 +537,7 @@ BAD = {
     ),
     "no question": ("ask b.mp4", 2, "only 'b.mp4' was given; expected PATH... QUESTION"),
     "manifest": ("ask --manifest notes.jsonl", 2, "notes.jsonl: line 1: 'one' is no JSON"),
+    "no question in the table": ("ask --manifest parts.CSV", 2, "line 3: has no 'question'"),
     "choices": ("ask b.mp4 Which? --choices left", 2, "'--choices left': expected two options"),
     "then": ("ask b.mp4 --question a --question b --then c", 2, "several were given"),
     "no folder": ("features b.mp4", 2, "they need a folder: -o FOLDER"),
