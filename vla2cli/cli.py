@@ -21,7 +21,7 @@ from vla2cli.console import Console, count, print_data, print_text, printable
 from vla2cli.errors import UsageError, Vla2Error
 from vla2cli.export import EXAMPLES as EXPORT_EXAMPLES
 from vla2cli.export import export
-from vla2cli.manifest import Manifest, read_manifest
+from vla2cli.manifest import Manifest, read_manifest, read_questions
 from vla2cli.models import models_app
 from vla2cli.options import RunOptions
 from vla2cli.plan import Conversation, Task, parse_choices
@@ -144,14 +144,22 @@ def ask(
         list[str] | None,
         typer.Argument(
             metavar="PATH... QUESTION",
-            help="Files, folders, globs or -, and last the question, unless --question or "
-            "--manifest is given.",
+            help="Files, folders, globs or -, and last the question, unless --question, "
+            "--questions or --manifest is given.",
             show_default=False,
         ),
     ] = None,
     question: Annotated[
         list[str] | None,
         typer.Option("--question", help="Asked of every file; may be given several times."),
+    ] = None,
+    questions: Annotated[
+        str | None,
+        typer.Option(
+            "--questions",
+            metavar="FILE",
+            help="Text with a question in each line, asked besides; - for stdin.",
+        ),
     ] = None,
     then: Annotated[
         list[str] | None,
@@ -211,15 +219,19 @@ def ask(
     weighed = parse_choices(choices)
     if then and weighed:
         raise UsageError("--choices are of one answer; --then goes on from the model's own words")
-    questions = question or []
+    paths, asked = paths or [], list(dict.fromkeys(question or []))
+    if questions is not None:
+        if questions == "-" and "-" in (*paths, manifest):
+            raise UsageError("'-' was given twice; there is one standard input")
+        asked = list(dict.fromkeys([*asked, *read_questions(questions)]))
     inputs: list[str] | Manifest
     if manifest is not None:
         if paths or then:
             raise UsageError("--manifest has its own paths and no --then; --question goes with it")
-        inputs = read_manifest(manifest, choices=weighed, needs_question=not questions)
+        inputs = read_manifest(manifest, choices=weighed, needs_question=not asked)
     else:
-        inputs, questions = _split_question(paths or [], questions)
-    task = Task("ask", _conversations(questions, then or []), choices=weighed)
+        inputs, asked = _split_question(paths, asked)
+    task = Task("ask", _conversations(asked, then or []), choices=weighed)
     raise typer.Exit(run_batch(task, inputs, options, ledger_path=options.ledger_path))
 
 

@@ -171,6 +171,36 @@ class _Reading:
         self.lines.setdefault((part, question), line.number)
 
 
+def read_questions(path: str, *, stdin: BinaryIO | None = None) -> list[str]:
+    """Read a text with a question in each line, every one once; blank lines are none.
+
+    Args:
+        path: the file, or `-` for standard input.
+        stdin: by default standard input.
+
+    Raises:
+        UsageError: it cannot be read, is not UTF-8, or holds no question.
+    """
+    try:
+        if path == "-":
+            data = (stdin or sys.stdin.buffer).read()
+        else:
+            with open(path, "rb") as file:  # noqa: PTH123  the name may hold any bytes
+                data = file.read()
+    except OSError as error:
+        raise UsageError(f"'{path}' cannot be read: {why(error)}") from error
+    name = "standard input" if path == "-" else path
+    questions: dict[str, None] = {}
+    for number, raw in enumerate(data.removeprefix(codecs.BOM_UTF8).splitlines(), 1):
+        line = raw.strip().decode(errors="replace")
+        if line and (not _is_text(line) or "\ufffd" in line):
+            raise UsageError(f"{name}: line {number}: {_show(line)} is no text in UTF-8")
+        questions |= {line: None} if line else {}
+    if not questions:
+        raise UsageError(f"'{name}' holds no question; expected one in each line")
+    return list(questions)
+
+
 def _read_json(file: Iterable[bytes], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, raw in enumerate(file, 1):
         if raw.strip():

@@ -118,6 +118,9 @@ def ran(vla2, place):
             "--question",
             "Which way?",
         ),
+        "questions on stdin": partial(
+            run, "ask", "examples/01.mp4", "--questions", "-", stdin=b"What moves?\r\n\r\nWhy?\r\n"
+        ),
         "then": partial(run, "ask", "examples/01.mp4", "What moves?", "--then", "Which way?"),
         "settings": partial(
             run,
@@ -224,6 +227,13 @@ def test_several_questions_are_asked_each_by_itself(ran):
     assert len(done.records) == 4
     assert not any("history" in record for record in done.records)
     assert "4 items: 4 answers, 0 errors" in done.stderr
+
+
+def test_questions_of_a_text_are_asked_as_those_of_the_flags(ran):
+    done = ran["questions on stdin"]
+    assert (done.code, [r["question"] for r in done.records]) == (0, ["What moves?", "Why?"])
+    (alone,) = [r for r in ran["questions"].records if (r["id"], r["question"]) == MOVES]
+    assert done.records[0]["text"] == alone["text"]
 
 
 def test_then_goes_on_with_the_answer_in_mind(ran):

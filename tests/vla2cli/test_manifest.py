@@ -15,7 +15,7 @@ from vla2cli.config import GenerationChoice
 from vla2cli.engine import Engine
 from vla2cli.errors import NoInputError, UsageError
 from vla2cli.inputs import Item
-from vla2cli.manifest import read_manifest
+from vla2cli.manifest import read_manifest, read_questions
 from vla2cli.plan import DEFAULT_PROMPT, Task
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -279,6 +279,50 @@ def test_bytes_that_are_no_utf_8_are_refused(tmp_path):
         read_manifest(str(tmp_path / "latin.jsonl"))
 
 
+# a list of questions
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_questions_of_a_text_are_read_once_each_in_their_order(tmp_path, line_end):
+    lines = ["\ufeffWhich way?", "", "  ", " Wo ist “es”, ü?\t", "Which way?", "A\u2028B", "Why?"]
+    data = line_end.join(lines).encode()
+    (tmp_path / "q.txt").write_bytes(data)
+    expected = ["Which way?", "Wo ist “es”, ü?", "A\u2028B", "Why?"]
+    assert read_questions(str(tmp_path / "q.txt")) == expected
+    assert read_questions("-", stdin=io.BytesIO(data)) == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", r"q\.txt' holds no question; expected one in each line"),
+        (b"\xef\xbb\xbf\r\n \n", "holds no question"),
+        (b"Why?\ncaf\xe9?\n", r"q\.txt: line 2: \"caf\ufffd\?\" is no text in UTF-8"),
+        ("Why?".encode("utf-16"), "line 1: .* is no text in UTF-8"),
+    ],
+    ids=["empty", "blank", "latin", "utf-16"],
+)
+def test_a_text_without_questions_is_wrong_usage(tmp_path, data, message):
+    (tmp_path / "q.txt").write_bytes(data)
+    with pytest.raises(UsageError, match=message):
+        read_questions(str(tmp_path / "q.txt"))
+
+
+def test_questions_of_a_text_are_asked_besides_the_others(write, said):
+    clip = str(Path(write(GOOD)).parent / "a.mp4")
+    Path("q.txt").write_text("What?\n\nWhy?\nWhat?\n")
+    flags = ("--question", "Why?", "--questions", "q.txt", "--choices", "a ball|a car")
+    code, records, err = said(clip, *flags)
+    assert (code, [r["question"] for r in records]) == (0, ["Why?", "What?"])
+    assert all(r["text"] in ("a ball", "a car") for r in records)
+    assert "2 items: 2 answers" in err
+    # of a manifest, only the lines without a question
+    path = write(GOOD, {"path": "b.mp4"})
+    code, records, _ = said("--manifest", path, "--questions", "q.txt")
+    asked = [(r["id"], r["question"]) for r in records]
+    assert sorted(asked) == [("a.mp4", "What moves?"), ("b.mp4", "What?"), ("b.mp4", "Why?")]
+
+
 # runs
 
 
@@ -397,10 +441,14 @@ def _spans(records):
         (("--manifest", "m.jsonl", "a.mp4", "Why?"), "--manifest has its own paths and no --then"),
         (("--manifest", "m.jsonl", "--then", "Why?"), "--manifest has its own paths and no --then"),
         ((), "expected PATH... QUESTION, or --manifest FILE"),
+        (("--questions", "-", "-"), "'-' was given twice; there is one standard input"),
+        (("--questions", "-", "--manifest", "-"), "'-' was given twice; there is one standard"),
+        (("a.mp4", "--questions", "gone.txt"), "'gone.txt' cannot be read: no such file"),
+        (("--question", "a", "a.mp4", "--question", "b", "--then", "c"), "several were given"),
         (("a.mp4", "Which?", "--choices", "left"), "'--choices left': expected two options or"),
         (("a.mp4", "Which?", "--choices", "a|b", "--then", "Why?"), "--choices are of one answer"),
     ],
-    ids=range(5),
+    ids=range(9),
 )
 def test_what_does_not_go_together_is_refused_before_anything_is_run(said, arguments, message):
     code, records, err = said(*arguments)
