@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from vla2cli.console import (
     Console,
     count,
-    describe_failure,
     format_duration,
     format_rate,
     format_size,
@@ -21,7 +21,7 @@ from vla2cli.console import (
     print_text,
 )
 from vla2cli.errors import InputError, UsageError
-from vla2cli.inputs import Found, Item, Note, find_items
+from vla2cli.inputs import Found, Item, Note, encode_name, find_items
 from vla2cli.jobs import Job, Totals
 from vla2cli.ledger import Ledger, Record, check_output, read_index
 from vla2cli.manifest import Manifest
@@ -332,8 +332,34 @@ def _shower(
 def _print_plain(record: Record) -> None:
     if record.get("error") is None:
         print_text(record["text"])
-    else:  # this is the whole result: --quiet does not swallow it
-        Console().note(f"vla2: {describe_failure(record)}")
+
+
+class _Failures:
+    """What went wrong with each file, to be said once, when no record of it is to come."""
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        self.left: Counter[str] = Counter()  # path as in records -> records to come
+        for work in works:
+            self.left[encode_name(work.item.path)] += work.num_records
+        self.found: dict[str, Counter[str]] = {}  # path -> message -> records
+
+    def take(self, record: Record) -> Iterator[tuple[str, int]]:
+        """Take the next record; yield what is to be said, and of how many records."""
+        path = record["path"]
+        self.left[path] -= 1
+        if record.get("error") is not None:
+            self.found.setdefault(path, Counter())[record["error"]["message"]] += 1
+        if not self.left[path]:
+            yield from self._say(path)
+
+    def rest(self) -> Iterator[tuple[str, int]]:
+        """Yield what is still to be said."""
+        for path in list(self.found):
+            yield from self._say(path)
+
+    def _say(self, path: str) -> Iterator[tuple[str, int]]:
+        for message, number in self.found.pop(path, Counter()).items():
+            yield f"{path}: {message}", number
 
 
 def _follow(
@@ -347,17 +373,28 @@ def _follow(
 ) -> int:
     """Run the plan, show what comes, sum up."""
     totals = Totals()
+    failures = _Failures(plan.todo)
     num_todo = count_records(plan.todo)
+
+    def note(message: str, number: int) -> None:
+        if show is _print_plain:  # this is the whole result: --quiet does not swallow it
+            Console().note(f"vla2: {message}")
+            return
+        parts = ["recorded" if number == 1 else f"{number:,} records"] if num_todo > 1 else []
+        parts += ["going on"] if num_todo > number else []
+        console.note(message + (f" ({', '.join(parts)})" if parts else ""))
+
     started = time.monotonic()
     stop.is_running = True
     with console.watch(job, num_todo, is_shown=ledger_path is None) as watch:
         for record in run(job, plan.todo, stop):
             totals.add(record)
             show(record)
-            if record.get("error") is not None and show is not _print_plain:
-                going_on = " (recorded, going on)" if num_todo > 1 else ""
-                console.note(f"{describe_failure(record)}{going_on}")
+            for message, number in failures.take(record):
+                note(message, number)
             watch.advance(totals.done + totals.errors)
+        for message, number in failures.rest():
+            note(message, number)
     num_seen = totals.done + totals.errors
     if stop() and num_seen < num_todo:
         whole = f", {ledger_path} is whole; run the same command to go on" if ledger_path else ""

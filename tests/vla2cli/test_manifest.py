@@ -427,6 +427,35 @@ def test_parts_of_a_table_are_asked_captioned_and_done_once(write, said):
     assert (code, ends) == (0, [(0, 1), (1, 2), (2, 3), (3, 4)])
 
 
+def test_what_is_wrong_with_a_file_is_said_once_for_all_its_records(write, said):
+    path = write(
+        GOOD,
+        *({"path": "bad.mp4", "question": question} for question in ("A?", "B?", "C?")),
+        {"path": "bad.mp4", "question": "A?", "start_s": 1},
+        *({"path": "a.mp4", "question": q, "start_s": 9 + i} for q in "AB" for i in range(2)),
+        {"path": "gone.mp4", "question": "Why?"},
+    )
+    (Path(path).parent / "bad.mp4").write_text("no video")
+    code, records, err = said("--manifest", path)
+    failed = [record for record in records if "error" in record]
+    assert (code, len(records), len(failed)) == (3, 10, 9)
+    folder = Path(path).parent
+    lines = sorted(line.removeprefix(f"{folder}/") for line in err.splitlines() if "mp4: " in line)
+    long = "the video is 5.00 s long (50 frames) (2 records, going on)"
+    first, second, bad, gone = lines
+    assert [first, second] == [
+        f"a.mp4: no frame between {s} s and the end: {long}" for s in (10, 9)
+    ]
+    assert bad.startswith("bad.mp4: cannot decode: ")
+    assert bad.endswith(" (4 records, going on)")
+    assert gone == "gone.mp4: no such file (recorded, going on)"
+    assert "10 items: 1 answer, 9 errors" in err
+    code, records, err = said(str(folder / "bad.mp4"), "--question", "A?", "--question", "B?")
+    assert (code, len(records)) == (4, 2)
+    (line,) = (line for line in err.splitlines() if "cannot decode" in line)
+    assert line.endswith(" (2 records)")
+
+
 def _spans(records):
     found = {}
     for record in records:
