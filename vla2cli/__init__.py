@@ -25,6 +25,7 @@ __all__ = [
     "ask_manifest",
     "caption",
     "features",
+    "read_manifest",
 ]
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from vla2cli.engine import Engine
     from vla2cli.frontend.choice import FrontendChoice
     from vla2cli.layout import Layout
+    from vla2cli.manifest import read_manifest
     from vla2cli.plan import Sampling
 
 # ONNX Runtime reports to its maker as soon as it is imported, unless it is told not to
@@ -42,6 +44,7 @@ _HOMES = {
     "FrontendChoice": "frontend.choice",
     "Layout": "layout",
     "Sampling": "plan",
+    "read_manifest": "manifest",
     **dict.fromkeys(("ask", "ask_manifest", "caption", "features"), "api"),
 }
 

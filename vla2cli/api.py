@@ -16,13 +16,14 @@ from vla2cli.ledger import Ledger, Record
 from vla2cli.manifest import Manifest, read_manifest
 from vla2cli.media.pool import DecodePool, default_num_workers
 from vla2cli.plan import Sampling, Task, Work, is_choice, usable_items
+from vla2cli.segments import cut_items
 
 StrPath = str | os.PathLike[str]
 Paths = StrPath | Iterable[StrPath]
 
 
 def caption(
-    paths: Paths,
+    paths: Paths | Manifest,
     engine: Engine,
     *,
     prompt: str | None = None,
@@ -35,7 +36,7 @@ def caption(
     """Describe files and folders of videos, images and sounds.
 
     Args:
-        paths: one path or several; folders are searched, globs expanded.
+        paths: one path or several, or a manifest; folders are searched, globs expanded.
         engine: from `Engine.load`.
         prompt: asked of every file; by default "Please describe the video in detail."
         sampling: what is looked at and listened to; by default as the checkpoint says.
@@ -98,6 +99,7 @@ def ask_manifest(
     manifest: StrPath,
     engine: Engine,
     *,
+    questions: Sequence[str] = (),
     sampling: Sampling | None = None,
     generation: GenerationChoice | None = None,
     batch: int = 1,
@@ -107,8 +109,9 @@ def ask_manifest(
     """Ask of each file what a manifest says.
 
     Args:
-        manifest: JSON Lines, see `vla2cli.manifest`.
+        manifest: JSON Lines or CSV, see `vla2cli.manifest`.
         engine: from `Engine.load`.
+        questions: for the lines that have none.
         sampling: what is looked at and listened to.
         generation: how the model goes on.
         batch: prompts that are answered together.
@@ -117,9 +120,9 @@ def ask_manifest(
 
     Yields, Raises: as `caption`.
     """
-    listed = read_manifest(os.fspath(manifest))
+    listed = read_manifest(os.fspath(manifest), needs_question=not questions)
     with ExitStack() as stack:
-        task = Task("ask", asked=listed.asked)
+        task = Task("ask", tuple((question,) for question in questions))
         job = _open_job(stack, engine, task, sampling, generation, batch, output)
         yield from job.run(_todo(job, listed, retry_errors))
 
@@ -200,5 +203,5 @@ def _todo(
         roots = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
         found = find_items([os.fspath(root) for root in roots], modality=modality)
     items = usable_items(found.items, job.pool, modality, has_ears=job.engine.has_ears)
-    plan = job.plan(items, retry_errors=retry_errors)
+    plan = job.plan(cut_items(items, job.sampling, job.pool), retry_errors=retry_errors)
     return [*plan.todo, *filter(is_missing, plan.done)]

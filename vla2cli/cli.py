@@ -21,7 +21,7 @@ from vla2cli.console import Console, count, print_data, print_text, printable
 from vla2cli.errors import UsageError, Vla2Error
 from vla2cli.export import EXAMPLES as EXPORT_EXAMPLES
 from vla2cli.export import export
-from vla2cli.manifest import Manifest, read_manifest
+from vla2cli.manifest import Manifest, read_manifest, read_questions
 from vla2cli.merge import EXAMPLES as MERGE_EXAMPLES
 from vla2cli.merge import merge
 from vla2cli.models import models_app
@@ -73,7 +73,8 @@ def vla2(
     )
 )
 def caption(
-    paths: opt.Paths,
+    paths: opt.PathsOrNone = None,
+    manifest: opt.ManifestFile = None,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -100,6 +101,7 @@ def caption(
     modality: opt.Modality = "auto",
     start: opt.Start = None,
     end: opt.End = None,
+    every: opt.Every = None,
     audio_start: opt.AudioStart = None,
     audio_range: opt.AudioRange = "same",
     frames: opt.Frames = None,
@@ -127,9 +129,11 @@ def caption(
     options = RunOptions.of(locals())
     options.check()
     conversations = ((_spoken(prompt, "--prompt"),),) if prompt is not None else ()
-    raise typer.Exit(
-        run_batch(Task("caption", conversations), paths, options, ledger_path=options.ledger_path)
-    )
+    if bool(paths) == (manifest is not None):
+        raise UsageError("expected PATH..., or --manifest FILE, which has its own paths")
+    inputs = paths if manifest is None else read_manifest(manifest, needs_question=False)
+    task = Task("caption", conversations)
+    raise typer.Exit(run_batch(task, inputs or [], options, ledger_path=options.ledger_path))
 
 
 @app.command(
@@ -143,8 +147,8 @@ def ask(
         list[str] | None,
         typer.Argument(
             metavar="PATH... QUESTION",
-            help="Files, folders, globs or -, and last the question, unless --question or "
-            "--manifest is given.",
+            help="Files, folders, globs or -, and last the question, unless --question, "
+            "--questions or --manifest is given.",
             show_default=False,
         ),
     ] = None,
@@ -152,19 +156,19 @@ def ask(
         list[str] | None,
         typer.Option("--question", help="Asked of every file; may be given several times."),
     ] = None,
+    questions: Annotated[
+        str | None,
+        typer.Option(
+            "--questions",
+            metavar="FILE",
+            help="Text with a question in each line, asked besides; - for stdin.",
+        ),
+    ] = None,
     then: Annotated[
         list[str] | None,
         typer.Option("--then", help="Asked after the answer, which the model remembers."),
     ] = None,
-    manifest: Annotated[
-        str | None,
-        typer.Option(
-            "--manifest",
-            metavar="FILE",
-            help="JSON Lines of path and question, perhaps id and choices; - for stdin. Paths "
-            "start from its folder.",
-        ),
-    ] = None,
+    manifest: opt.ManifestFile = None,
     choices: Annotated[
         str | None,
         typer.Option(
@@ -189,6 +193,7 @@ def ask(
     modality: opt.Modality = "auto",
     start: opt.Start = None,
     end: opt.End = None,
+    every: opt.Every = None,
     audio_start: opt.AudioStart = None,
     audio_range: opt.AudioRange = "same",
     frames: opt.Frames = None,
@@ -218,15 +223,19 @@ def ask(
     weighed = parse_choices(choices)
     if then and weighed:
         raise UsageError("--choices are of one answer; --then goes on from the model's own words")
+    paths, asked = paths or [], list(dict.fromkeys(question or []))
+    if questions is not None:
+        if questions == "-" and "-" in (*paths, manifest):
+            raise UsageError("'-' was given twice; there is one standard input")
+        asked = list(dict.fromkeys([*asked, *read_questions(questions)]))
     inputs: list[str] | Manifest
     if manifest is not None:
-        if paths or question or then:
-            raise UsageError("--manifest has its own paths and questions; give it alone")
-        inputs = read_manifest(manifest, choices=weighed)
-        task = Task("ask", asked=inputs.asked)
+        if paths or then:
+            raise UsageError("--manifest has its own paths and no --then; --question goes with it")
+        inputs = read_manifest(manifest, choices=weighed, needs_question=not asked)
     else:
-        inputs, questions = _split_question(paths or [], question or [])
-        task = Task("ask", _conversations(questions, then or []), choices=weighed)
+        inputs, asked = _split_question(paths, asked)
+    task = Task("ask", _conversations(asked, then or []), choices=weighed)
     raise typer.Exit(run_batch(task, inputs, options, ledger_path=options.ledger_path))
 
 
@@ -271,6 +280,7 @@ def features(
     modality: opt.Modality = "auto",
     start: opt.Start = None,
     end: opt.End = None,
+    every: opt.Every = None,
     audio_start: opt.AudioStart = None,
     audio_range: opt.AudioRange = "same",
     frames: opt.Frames = None,

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from vla2cli.jobs import Job
-    from vla2cli.ledger import Record
 
 
 Say = Callable[[str], None]  # how what takes long tells people about it: `Console.note`
@@ -147,11 +146,6 @@ def print_text(text: str) -> None:
         raise
     except OSError as error:
         raise LedgerError(f"cannot write to stdout: {why(error)}") from error
-
-
-def describe_failure(record: Record) -> str:
-    """Say which file an error record is about and why."""
-    return f"{record['path']}: {record['error']['message']}"
 
 
 def format_rate(per_second: float) -> str:

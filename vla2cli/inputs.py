@@ -19,7 +19,7 @@ import re
 import stat
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -56,11 +56,20 @@ _GONE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One file to work on."""
+    """One file to work on, or a part of one."""
 
-    id: str  # stable, valid UTF-8, unique in its `Found`
+    id: str  # stable, valid UTF-8; parts of one file share it
     path: str  # as the user gave it; bytes that are not UTF-8 are surrogates, see `encode_name`
     kind: Kind  # by extension
+    start_s: float | None = None  # a range of its own, which goes before that of the command
+    end_s: float | None = None
+    # of a manifest: question -> what its answer has to be one of; None is what the command asks
+    asked: Mapping[str | None, tuple[str, ...]] = field(default_factory=dict, hash=False)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it has a range of its own."""
+        return self.start_s is not None or self.end_s is not None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from vla2cli.ledger import Ledger, Record, settings_digest
 from vla2cli.media.pool import DecodePool
 from vla2cli.media.records import Clip, ClipRequest, FileState
 from vla2cli.plan import (
-    Choices,
     Conversation,
     Lookup,
     Plan,
@@ -197,7 +196,7 @@ class Job:
         # seconds of work: decode (over all processes), tower, language
         self.busy_s: defaultdict[str, float] = defaultdict(float)
         # what `_wanted` has said, by all of an item that `generation` looks at
-        self._wanted_of: dict[tuple[str, Choices], dict[str, Any]] = {}
+        self._wanted_of: dict[tuple[object, ...], dict[str, Any]] = {}
 
     @property
     def demo_flags(self) -> tuple[str, ...]:
@@ -249,7 +248,8 @@ class Job:
         )
 
     def _wanted(self, item: Item, conversation: Conversation) -> dict[str, Any]:
-        about = item.kind, self.task.choices_of(item, conversation[0])
+        choices = self.task.choices_of(item, conversation[0])
+        about = item.kind, item.start_s, item.end_s, choices
         if about not in self._wanted_of:
             self._wanted_of[about] = {
                 "model_sha256": self.engine.identity["sha256"],

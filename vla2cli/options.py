@@ -17,7 +17,7 @@ import typer
 
 from vla2cli.config import GenerationChoice, read_config_file
 from vla2cli.errors import UsageError
-from vla2cli.plan import Sampling
+from vla2cli.plan import Sampling, parse_time
 from vla2cli.shards import Shard, parse_shard
 
 
@@ -53,26 +53,6 @@ def _takes_several(param: Any) -> bool:
     return param.nargs == -1 or getattr(param, "multiple", False)
 
 
-def parse_time(text: str | None) -> float | None:
-    """Read seconds, or `[hours:]minutes:seconds`.
-
-    Raises:
-        UsageError: the text is no time.
-    """
-    if text is None:
-        return None
-    seconds = 0.0
-    try:
-        parts = [float(part) for part in text.split(":")]
-    except ValueError:
-        parts = [-1.0]
-    if len(parts) > 3 or not all(0 <= part < MAX_TIME_S for part in parts):
-        raise UsageError(f"'{text}' is no time; expected seconds like 12.5, or 1:02:03")
-    for part in parts:
-        seconds = seconds * 60 + part
-    return seconds
-
-
 def parse_size(text: str) -> int:
     """Read a size in bytes: `20GB`, `500 MB`, `1.5tb`; units of 10, as on the disk's box.
 
@@ -86,12 +66,20 @@ def parse_size(text: str) -> int:
     return size_bytes
 
 
-Paths = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="PATH",
-        help="Files, folders (searched to any depth), globs, or - for a list on stdin.",
-        show_default=False,
+_PATHS = typer.Argument(
+    metavar="PATH",
+    help="Files, folders (searched to any depth), globs, or - for a list on stdin.",
+    show_default=False,
+)
+Paths = Annotated[list[str], _PATHS]
+PathsOrNone = Annotated[list[str] | None, _PATHS]
+ManifestFile = Annotated[
+    str | None,
+    typer.Option(
+        "--manifest",
+        metavar="FILE",
+        help="JSON Lines, or CSV with a header line: path, and perhaps id, question, start_s, "
+        "end_s and choices; - for JSON Lines on stdin. Paths start from its folder.",
     ),
 ]
 Config = Annotated[
@@ -183,6 +171,14 @@ Start = Annotated[
     str | None, _option("--start", help="Begin here: seconds, or [hours:]minutes:seconds.")
 ]
 End = Annotated[str | None, _option("--end", help="End here, in the same form.")]
+Every = Annotated[
+    str | None,
+    _option(
+        "--every",
+        metavar="TIME",
+        help="Cut longer videos and sounds into segments of this length, each a record of its own.",
+    ),
+]
 AudioStart = Annotated[
     str | None,
     _option(
@@ -258,7 +254,6 @@ Quiet = Annotated[bool, _option("--quiet", "-q", help="Nothing on stderr but wha
 Verbose = Annotated[bool, _option("--verbose", "-v", help="Say more on stderr.")]
 Debug = Annotated[bool, _option("--debug", help="Show the traceback of what went wrong.")]
 
-MAX_TIME_S = 1e9  # thirty years
 _UNITS = {"mb": 10**6, "gb": 10**9, "tb": 10**12}
 _SIZE = re.compile(rf"([0-9]{{1,9}}(?:\.[0-9]{{1,9}})?) ?({'|'.join(_UNITS)})")
 DEFAULT_DECODE_TIMEOUT = 60.0  # seconds
@@ -285,6 +280,7 @@ class RunOptions:
     modality: str
     start: str | None
     end: str | None
+    every: str | None
     audio_start: str | None
     audio_range: str
     frames: int | None
@@ -362,6 +358,7 @@ class RunOptions:
             modality=self.modality,
             audio_start_s=parse_time(self.audio_start),
             audio_range=self.audio_range,
+            every_s=parse_time(self.every),
         )
 
     @property

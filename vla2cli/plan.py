@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from itertools import chain
 from typing import Any, TypeVar
 
 from vla2_models.public import WITH_EARS
@@ -22,6 +23,8 @@ from vla2cli.preprocess import FrameGeometry
 DEFAULT_PROMPT = "Please describe the {medium} in detail."
 NO_EARS = f"this model has no audio branch; --modality audio needs {WITH_EARS}"
 AUDIO_RANGES = ("same", "whole")
+MAX_TIME_S = 1e9  # thirty years
+LEAST_EVERY_S = 0.1  # some frames, and far from the milliseconds that a segment's ends are round to
 # modality -> kinds of files that it is about; find_items leaves videos out of folders for `audio`
 KINDS_OF: Mapping[str, frozenset[Kind]] = {
     "auto": frozenset({"video", "image", "audio"}),
@@ -53,6 +56,26 @@ def parse_choices(text: str | None) -> Choices:
     return choices
 
 
+def parse_time(text: str | None) -> float | None:
+    """Read seconds, or `[hours:]minutes:seconds`.
+
+    Raises:
+        UsageError: the text is no time.
+    """
+    if text is None:
+        return None
+    seconds = 0.0
+    try:
+        parts = [float(part) for part in text.split(":")]
+    except ValueError:
+        parts = [-1.0]
+    if len(parts) > 3 or not all(0 <= part < MAX_TIME_S for part in parts):
+        raise UsageError(f"'{text}' is no time; expected seconds like 12.5, or 1:02:03")
+    for part in parts:
+        seconds = seconds * 60 + part
+    return seconds
+
+
 def is_choice(options: Sequence[str]) -> bool:
     """Tell whether there are two options or more, none empty and none twice."""
     return len(options) >= 2 and all(map(str.strip, options)) and len({*options}) == len(options)
@@ -66,18 +89,16 @@ class Task:
     conversations: tuple[Conversation, ...] = ()  # none: the default prompt of the medium
     options: Mapping[str, Any] = field(default_factory=dict)  # put into a record's `generation`
     choices: Choices = ()  # for every question
-    # of a manifest, instead of conversations and choices: id -> question -> what to choose from
-    asked: Mapping[str, Mapping[str, Choices]] | None = None
 
     def conversations_about(self, item: Item, medium: str) -> tuple[Conversation, ...]:
-        """Return what to ask about a file, every conversation once."""
-        if self.asked is not None:
-            return tuple((question,) for question in self.asked[item.id])
-        return tuple(dict.fromkeys(self.conversations)) or _default_conversations(medium)
+        """Return what to ask about an item, every conversation once."""
+        own = self.conversations or _default_conversations(medium)
+        asked = [own if question is None else ((question,),) for question in item.asked] or [own]
+        return tuple(dict.fromkeys(chain.from_iterable(asked)))
 
     def choices_of(self, item: Item, question: str) -> Choices:
-        """Return what the answer to a question about a file has to be one of."""
-        return self.choices if self.asked is None else self.asked[item.id][question]
+        """Return what the answer to a question about an item has to be one of."""
+        return item.asked.get(question, item.asked.get(None, self.choices))
 
 
 @cache  # one text for a million files
@@ -87,15 +108,16 @@ def _default_conversations(medium: str) -> tuple[Conversation, ...]:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What of a file is looked at, and what is listened to where the model has ears."""
+    """What of each file is looked at, and what is listened to where the model has ears."""
 
     num_frames: int
-    start_s: float | None = None
+    start_s: float | None = None  # of the items without a range of their own
     end_s: float | None = None
     decoder: str = "pyav"
     modality: str = "auto"  # as the flag: auto, video, image, audio or av
     audio_start_s: float | None = None  # where the window begins in a longer audio file
     audio_range: str = "same"  # same: the sound of the range; whole: of the whole file, as upstream
+    every_s: float | None = None  # what is longer is cut, see `segments.cut_items`
 
     def __post_init__(self) -> None:
         """Refuse what upstream would cut or swap without a word.
@@ -115,10 +137,17 @@ class Sampling:
             raise UsageError(
                 f"'--audio-range {self.audio_range}': expected {' or '.join(AUDIO_RANGES)}"
             )
-        start_s, end_s = self._sound_range()
-        if self.audio_start_s is not None and not (
-            (start_s or 0.0) <= self.audio_start_s < (end_s or float("inf"))
-        ):
+        if self.every_s is not None and not LEAST_EVERY_S <= self.every_s < float("inf"):
+            raise UsageError(f"'--every {self.every_s:g}': at least {LEAST_EVERY_S} s are needed")
+        if self.every_s is not None and self.audio_start_s is not None:
+            raise UsageError(
+                "--audio-start is one place in a file; with --every each segment is heard from its "
+                "beginning"
+            )
+        begin_s, end_s = self.start_s or 0.0, self.end_s or float("inf")
+        if self.audio_range == "whole":
+            begin_s, end_s = 0.0, float("inf")
+        if self.audio_start_s is not None and not begin_s <= self.audio_start_s < end_s:
             raise UsageError(
                 f"'--audio-start {self.audio_start_s:g}' lies outside of --start and --end"
             )
@@ -139,11 +168,21 @@ class Sampling:
             medium == "audio" or (medium == "video" and self.modality in ("auto", "av"))
         )
 
+    def range_of(self, item: Item) -> tuple[float | None, float | None]:
+        """Return where the part of an item begins and ends that is asked about, None: it is open.
+
+        A range of its own goes before that of all files.
+        """
+        if item.is_part:
+            return item.start_s, item.end_s
+        if self.audio_range == "whole" and self.medium_of(item) == "audio":
+            return None, None
+        return self.start_s, self.end_s
+
     def segment_of(self, item: Item) -> dict[str, float | None] | None:
         """Return the record's `segment`: null for a whole file, and for a picture."""
-        medium = self.medium_of(item)
-        start_s, end_s = self._sound_range() if medium == "audio" else (self.start_s, self.end_s)
-        if medium == "image" or (start_s is None and end_s is None):
+        start_s, end_s = self.range_of(item)
+        if item.kind == "image" or (start_s is None and end_s is None):
             return None
         return {"start_s": start_s, "end_s": end_s}
 
@@ -156,7 +195,7 @@ class Sampling:
         if window != SoundWindow():
             fields["sound_window"] = asdict(window)
         if self.medium_of(item) == "audio":
-            start_s, _ = self._sound_range()
+            start_s, _ = self.range_of(item)
             return {**fields, "audio_start_s": self.audio_start_s or start_s or 0.0}
         if self.segment_of(item):
             fields["audio_range"] = self.audio_range
@@ -166,14 +205,15 @@ class Sampling:
         self, item: Item, geometry: FrameGeometry, window: SoundWindow | None
     ) -> ClipRequest:
         """Ask the decoder for one file; a model without ears has no window."""
+        start_s, end_s = self.range_of(item)
         sound = None
         if window is not None and self.is_heard(item, window):
-            start_s, end_s = self._sound_range()
+            is_whole = self.audio_range == "whole" and self.medium_of(item) == "video"
             sound = SoundRequest(
                 window=window,
                 is_required=self.modality == "av",
-                start_s=start_s,
-                end_s=end_s,
+                start_s=None if is_whole else start_s,
+                end_s=None if is_whole else end_s,
                 audio_start_s=self.audio_start_s,
             )
         return ClipRequest(
@@ -181,19 +221,16 @@ class Sampling:
             kind="audio" if self.medium_of(item) == "audio" else item.kind,
             geometry=geometry,
             num_frames=self.num_frames,
-            start_s=self.start_s,
-            end_s=self.end_s,
+            start_s=start_s,
+            end_s=end_s,
             decoder=self.decoder,
             sound=sound,
         )
 
-    def _sound_range(self) -> tuple[float | None, float | None]:
-        return (None, None) if self.audio_range == "whole" else (self.start_s, self.end_s)
-
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One file and some conversations about it."""
+    """One item and some conversations about it."""
 
     item: Item
     conversations: tuple[Conversation, ...]
@@ -306,8 +343,10 @@ def make_plan(
         retry_errors: whether what failed before is to do.
 
     Raises:
-        UsageError: a record would be replaced by that of another file with the same id.
+        UsageError: a record would be replaced by that of another file with the same id, or the
+            sampling says where sound begins and so does the range of an item.
     """
+    _check_audio_start(items, sampling)
     check = _ResumeCheck(task, sampling, pool, lookup, wanted, retry_errors)
     begun = [
         (item, conversation, check.start(item, conversation))
@@ -370,6 +409,15 @@ class _ResumeCheck:
     def _sha256(self, item: Item) -> str | None:
         state = outcome(self.hashes[item.path])
         return None if isinstance(state, InputError) else state.sha256
+
+
+def _check_audio_start(items: Sequence[Item], sampling: Sampling) -> None:
+    parts = [item for item in items if item.is_part]
+    if parts and sampling.audio_start_s is not None:
+        raise UsageError(
+            f"'--audio-start {sampling.audio_start_s:g}': '{parts[0].id}' has a range of its own, "
+            "whose sound is heard from its beginning"
+        )
 
 
 def _refuse_other_file(item: Item, known: Sequence[Entry]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from vla2cli.console import (
     Console,
     count,
-    describe_failure,
     format_duration,
     format_rate,
     format_size,
@@ -21,13 +21,14 @@ from vla2cli.console import (
     print_text,
 )
 from vla2cli.errors import InputError, UsageError
-from vla2cli.inputs import Found, Item, Note, find_items
+from vla2cli.inputs import Found, Item, Note, encode_name, find_items
 from vla2cli.jobs import Job, Totals
 from vla2cli.ledger import Ledger, Record, check_output, read_index
 from vla2cli.manifest import Manifest
 from vla2cli.media.pool import DecodePool, Probe, default_num_workers
 from vla2cli.options import RunOptions
 from vla2cli.plan import NO_EARS, Plan, Sampling, Task, Work, count_records, outcome, usable_items
+from vla2cli.segments import cut_items
 from vla2cli.shards import Shard
 from vla2cli.stop import Stop
 
@@ -98,6 +99,9 @@ def run_batch(
         if ledger_path is not None and not options.dry_run:
             ledger = stack.enter_context(Ledger.open(ledger_path, force=options.force))
             _note_repairs(ledger, ledger_path, console)
+        if sampling.every_s is not None:
+            console.note(f"measuring {count(len({item.id for item in items}), 'file')} …")
+            items = cut_items(items, sampling, pool)
         settings = engine.settings(options.generation)
         job = Job(engine, task, sampling, settings, pool, ledger, batch=options.batch)
         _note_hashing(engine, console)
@@ -282,12 +286,13 @@ def _note_plan(plan: Plan, path: str | None, console: Console) -> None:
 
 
 def _preview(job: Job, plan: Plan, console: Console) -> int:
-    """Say what would be done: first the files to do, then those to skip; as JSON Lines."""
-    probes = [(work, job.pool.submit_probe(work.item.path, work.item.kind)) for work in plan.todo]
+    """Say what would be done: first the items to do, then those to skip; as JSON Lines."""
+    files = dict.fromkeys((work.item.path, work.item.kind) for work in plan.todo)
+    probes = {file: job.pool.submit_probe(*file) for file in files}
     num_unreadable = 0
-    for work, probe in probes:
-        found = outcome(probe)
-        line: dict[str, Any] = {"id": work.item.id, "action": job.task.name}
+    for work in plan.todo:
+        found = outcome(probes[work.item.path, work.item.kind])
+        line = _preview_line(job, work.item, job.task.name)
         if isinstance(found, InputError):
             num_unreadable += work.num_records
             line |= {"action": "unreadable", "why": str(found)}
@@ -296,13 +301,18 @@ def _preview(job: Job, plan: Plan, console: Console) -> int:
         print_data(line)
     for works, why in ((plan.done, "done"), (plan.failed, "error")):
         for work in works:
-            print_data({"id": work.item.id, "action": "skip", "why": why})
+            print_data({**_preview_line(job, work.item, "skip"), "why": why})
     done = count_records(plan.done) + count_records(plan.failed)
     console.note(
         f"{count_records(plan.todo) - num_unreadable:,} to do, {done:,} done, "
         f"{num_unreadable:,} unreadable; nothing was run"
     )
     return 0
+
+
+def _preview_line(job: Job, item: Item, action: str) -> dict[str, Any]:
+    segment = job.sampling.segment_of(item)
+    return {"id": item.id, "action": action} | ({"segment": segment} if segment else {})
 
 
 def _preview_fields(job: Job, item: Item, found: Probe) -> dict[str, Any]:
@@ -332,8 +342,34 @@ def _shower(
 def _print_plain(record: Record) -> None:
     if record.get("error") is None:
         print_text(record["text"])
-    else:  # this is the whole result: --quiet does not swallow it
-        Console().note(f"vla2: {describe_failure(record)}")
+
+
+class _Failures:
+    """What went wrong with each file, to be said once, when no record of it is to come."""
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        self.left: Counter[str] = Counter()  # path as in records -> records to come
+        for work in works:
+            self.left[encode_name(work.item.path)] += work.num_records
+        self.found: dict[str, Counter[str]] = {}  # path -> message -> records
+
+    def take(self, record: Record) -> Iterator[tuple[str, int]]:
+        """Take the next record; yield what is to be said, and of how many records."""
+        path = record["path"]
+        self.left[path] -= 1
+        if record.get("error") is not None:
+            self.found.setdefault(path, Counter())[record["error"]["message"]] += 1
+        if not self.left[path]:
+            yield from self._say(path)
+
+    def rest(self) -> Iterator[tuple[str, int]]:
+        """Yield what is still to be said."""
+        for path in list(self.found):
+            yield from self._say(path)
+
+    def _say(self, path: str) -> Iterator[tuple[str, int]]:
+        for message, number in self.found.pop(path, Counter()).items():
+            yield f"{path}: {message}", number
 
 
 def _follow(
@@ -347,17 +383,28 @@ def _follow(
 ) -> int:
     """Run the plan, show what comes, sum up."""
     totals = Totals()
+    failures = _Failures(plan.todo)
     num_todo = count_records(plan.todo)
+
+    def note(message: str, number: int) -> None:
+        if show is _print_plain:  # this is the whole result: --quiet does not swallow it
+            Console().note(f"vla2: {message}")
+            return
+        parts = ["recorded" if number == 1 else f"{number:,} records"] if num_todo > 1 else []
+        parts += ["going on"] if num_todo > number else []
+        console.note(message + (f" ({', '.join(parts)})" if parts else ""))
+
     started = time.monotonic()
     stop.is_running = True
     with console.watch(job, num_todo, is_shown=ledger_path is None) as watch:
         for record in run(job, plan.todo, stop):
             totals.add(record)
             show(record)
-            if record.get("error") is not None and show is not _print_plain:
-                going_on = " (recorded, going on)" if num_todo > 1 else ""
-                console.note(f"{describe_failure(record)}{going_on}")
+            for message, number in failures.take(record):
+                note(message, number)
             watch.advance(totals.done + totals.errors)
+        for message, number in failures.rest():
+            note(message, number)
     num_seen = totals.done + totals.errors
     if stop() and num_seen < num_todo:
         whole = f", {ledger_path} is whole; run the same command to go on" if ledger_path else ""

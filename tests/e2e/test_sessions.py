@@ -42,6 +42,11 @@ MANIFEST = (
     {"path": "examples/09.png", "question": "What is it?", "id": "picture"},
     {"path": "examples/01.mp4", "question": "Which way?", "choices": SIDES},
 )
+TABLE = """\
+path,question,start_s,end_s
+examples/01.mp4,What moves?,,0:02
+examples/01.mp4,,2,
+"""
 SETTINGS = """\
 # the model and its hub folder come from here too
 model: {model}
@@ -67,6 +72,7 @@ def place(hub_dir, tmp_path_factory):
     (folder / "notes/b").write_text("hello")
     (folder / "notes.jsonl").write_text("one\ntwo\n")
     (folder / "sounds/a.wav").write_bytes(b"RIFF")
+    (folder / "parts.CSV").write_bytes(b"\xef\xbb\xbf" + TABLE.encode())
     (folder / "wrong.yaml").write_text("max-new-token: 3\n")
     (folder / "settings.yaml").write_text(SETTINGS.format(model=MODEL_ID, hub_dir=hub_dir))
     shutil.copy(EXAMPLES / "01.mp4", folder / "b.mp4")
@@ -88,6 +94,7 @@ def ran(vla2, place):
     manifest = "".join(f"{json.dumps(line)}\n" for line in MANIFEST).encode()
     sessions = {
         "manifest": partial(run, "ask", "--manifest", "-", "--batch", "2", stdin=manifest),
+        "table": partial(run, "caption", "--manifest", "parts.CSV"),
         "one clip": partial(run, "caption", "examples/01.mp4"),
         "at a terminal": partial(
             run, "ask", "examples/01.mp4", "What moves?", terminals=("stdout", "stderr")
@@ -111,6 +118,9 @@ def ran(vla2, place):
             "--question",
             "Which way?",
         ),
+        "questions on stdin": partial(
+            run, "ask", "examples/01.mp4", "--questions", "-", stdin=b"What moves?\r\n\r\nWhy?\r\n"
+        ),
         "then": partial(run, "ask", "examples/01.mp4", "What moves?", "--then", "Which way?"),
         "settings": partial(
             run,
@@ -131,6 +141,10 @@ def ran(vla2, place):
         "glob": partial(
             run, "caption", "examples/0[1-3].*", "--start", "0:01", "--end", "2", "--frames", "4"
         ),
+        "every": partial(
+            run, "caption", "examples/01.mp4", "examples/09.png", "--every", "0:02", "--end", "4.6"
+        ),
+        "every, first": partial(run, "caption", "b.mp4", "--every", "2", "--dry-run"),
         "sound": partial(run, "caption", "examples/01.mp4", "--modality", "av"),
         "cuda": partial(
             run, "caption", "b.mp4", "--device", "cuda", env={"CUDA_VISIBLE_DEVICES": ""}
@@ -187,6 +201,16 @@ def test_manifest_asks_each_file_its_own_questions(ran):
     assert records["examples/01.mp4", "What moves?"]["text"] == alone["text"]
 
 
+def test_table_captions_parts_of_a_file(ran):
+    done = ran["table"]
+    assert done.code == 0
+    parts = {(r["question"], *r["segment"].values()): r["frames"] for r in done.records}
+    first, second = ("What moves?", None, 2), ("Please describe the video in detail.", 2, None)
+    assert parts.keys() == {first, second}
+    assert max(parts[first]["timestamps_s"]) < 2 <= min(parts[second]["timestamps_s"]) + 0.1
+    assert "2 items: 2 captions, 0 errors" in done.stderr
+
+
 def test_question_at_a_terminal_is_answered_by_the_text_alone(ran):
     done = ran["at a terminal"]
     assert done.code == 0
@@ -203,6 +227,13 @@ def test_several_questions_are_asked_each_by_itself(ran):
     assert len(done.records) == 4
     assert not any("history" in record for record in done.records)
     assert "4 items: 4 answers, 0 errors" in done.stderr
+
+
+def test_questions_of_a_text_are_asked_as_those_of_the_flags(ran):
+    done = ran["questions on stdin"]
+    assert (done.code, [r["question"] for r in done.records]) == (0, ["What moves?", "Why?"])
+    (alone,) = [r for r in ran["questions"].records if (r["id"], r["question"]) == MOVES]
+    assert done.records[0]["text"] == alone["text"]
 
 
 def test_then_goes_on_with_the_answer_in_mind(ran):
@@ -236,6 +267,22 @@ def test_glob_range_and_frames_reach_the_record(ran):
         times = record["frames"]["timestamps_s"]
         assert len(times) == 4
         assert 1 <= times[0] < times[-1] <= 2
+
+
+def test_long_files_are_cut_and_each_segment_is_a_record(ran):
+    done = ran["every"]
+    assert done.code == 0
+    found = {(r["id"], str(r["segment"])): r["frames"]["timestamps_s"] for r in done.records}
+    spans = [(0.0, 2.0), (2.0, 4.0), (4.0, 4.6)]
+    expected = {("01.mp4", str(dict(zip(("start_s", "end_s"), span)))): span for span in spans}
+    assert found.keys() == {*expected, ("09.png", "None")}
+    for key, (start_s, end_s) in expected.items():
+        assert start_s - 0.1 <= found[key][0] < found[key][-1] < end_s
+    assert "measuring 2 files …" in done.stderr
+    assert "4 items: 4 captions, 0 errors" in done.stderr
+    segments = [line["segment"] for line in ran["every, first"].records]
+    assert segments == [{"start_s": a, "end_s": b} for a, b in [*spans[:2], (4.0, 5.0)]]
+    assert "3 to do, 0 done, 0 unreadable; nothing was run" in ran["every, first"].stderr
 
 
 def test_flag_beats_variable_beats_file_beats_default(ran):
@@ -484,6 +531,8 @@ BAD = {
     "top-p": ("caption b.mp4 --top-p 0.5", 2, "need '--temperature' above 0"),
     "time": ("caption b.mp4 --start soon", 2, "'soon' is no time; expected seconds like 12.5"),
     "range": ("caption b.mp4 --start 2 --end 1", 2, "'--end 1': the range ends before it begins"),
+    "every": ("caption b.mp4 --every 0", 2, "'--every 0': at least 0.1 s are needed"),
+    "every so often": ("caption b.mp4 --every nan", 2, "'nan' is no time; expected seconds like"),
     "timeout": ("caption b.mp4 --decode-timeout 0", 2, "'--decode-timeout 0"),
     "modality": ("caption b.mp4 --modality smell", 2, "'smell'"),
     "prompt": ("caption b.mp4 --prompt ' '", 2, "--prompt is empty"),
@@ -500,6 +549,7 @@ BAD = {
     "no question": ("ask b.mp4", 2, "only 'b.mp4' was given; expected PATH... QUESTION"),
     "manifest": ("ask --manifest notes.jsonl", 2, "notes.jsonl: line 1: 'one' is no JSON"),
     "shard": ("caption b.mp4 --shard 5/4", 2, "'--shard 5/4': expected I/N with I from 1 to N"),
+    "no question in the table": ("ask --manifest parts.CSV", 2, "line 3: has no 'question'"),
     "choices": ("ask b.mp4 Which? --choices left", 2, "'--choices left': expected two options"),
     "then": ("ask b.mp4 --question a --question b --then c", 2, "several were given"),
     "no folder": ("features b.mp4", 2, "they need a folder: -o FOLDER"),

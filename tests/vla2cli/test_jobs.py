@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -373,6 +374,73 @@ def test_segment_is_null_for_pictures_and_whole_files():
     part = Sampling(8, start_s=1.0)
     assert part.segment_of(video) == {"start_s": 1.0, "end_s": None}
     assert part.segment_of(image) is None
+    assert part.segment_of(replace(image, end_s=2.0)) is None
+
+
+def test_range_of_an_item_goes_before_that_of_all():
+    video, song = (Item("a", "a", kind, end_s=2.0) for kind in ("video", "audio"))
+    for sampling in (Sampling(8), Sampling(8, 1.0, 9.0), Sampling(8, audio_range="whole")):
+        # also the sound's: of a sound file the range is all that there is
+        for item in (video, song):
+            assert sampling.segment_of(item) == {"start_s": None, "end_s": 2.0}
+        request = sampling.request(video, None, SoundWindow())
+        assert (request.start_s, request.end_s) == (None, 2.0)
+        is_whole = sampling.audio_range == "whole"
+        assert request.sound.end_s == (None if is_whole else 2.0)
+        assert sampling.request(song, None, SoundWindow()).sound.end_s == 2.0
+    later = Item("a", "a", "audio", start_s=3.0)
+    assert Sampling(8).sound_fields(later, SoundWindow()) == {"audio_start_s": 3.0}
+
+
+def test_two_ranges_of_a_file_are_two_records_and_the_file_is_hashed_once(pool, clips, tmp_path):
+    ends = [(None, 1.0), (1.0, 2.0), (2.0, None)]
+    whole = Item("01.mp4", str(clips / "01.mp4"), "video")
+    parts = [replace(whole, start_s=start_s, end_s=end_s) for start_s, end_s in ends]
+    with Ledger.open(tmp_path / "ledger.jsonl") as ledger:
+        job = make_job(pool, ledger)
+        records = job.run(job.plan(parts[:2]).todo)
+        times = {tuple(r["segment"].values()): r["frames"]["timestamps_s"] for r in records}
+        assert set(times) == set(ends[:2])
+        # upstream counts the frame before the start to the range: these have ten a second
+        assert max(times[ends[0]]) < 1.0
+        assert 0.85 < min(times[ends[1]]) <= max(times[ends[1]]) < 2.0
+        assert [work.item for work in job.plan([whole, *parts]).todo] == [whole, parts[2]]
+        os.utime(clips / "01.mp4", ns=(1, 1))
+        counting = _Counting(pool)
+        again = make_job(counting, ledger).plan(parts)
+        assert (len(again.done), counting.hashed) == (2, [whole.path])
+
+
+class _Counting:
+    """A pool that remembers what it was to hash."""
+
+    def __init__(self, pool):
+        self.pool, self.hashed = pool, []
+
+    def submit_hash(self, path):
+        self.hashed.append(path)
+        return self.pool.submit_hash(path)
+
+
+def test_range_behind_the_end_is_an_error_record_that_says_how_long_the_file_is(pool, clips):
+    late = Item("01.mp4", str(clips / "01.mp4"), "video", start_s=7.0, end_s=9.5)
+    job = make_job(pool)
+    (record,) = job.run(job.plan([late]).todo)
+    assert record["error"] == {
+        "kind": "out-of-range",
+        "stage": "decode",
+        "message": "no frame between 7 s and 9.5 s: the video is 5.00 s long (50 frames)",
+    }
+    assert record["segment"] == {"start_s": 7.0, "end_s": 9.5}
+
+
+def test_start_of_the_sound_and_ranges_of_items_exclude_each_other(pool):
+    part = Item("a.wav", "a.wav", "audio", start_s=1.0)
+    engine = tiny_engine()
+    sampling = Sampling(8, audio_start_s=2.0)
+    job = Job(engine, CAPTION, sampling, engine.settings(GREEDY), pool)
+    with pytest.raises(UsageError, match=r"'--audio-start 2': 'a\.wav' has a range of its own"):
+        job.plan([part])
 
 
 def test_generation_holds_what_decides_the_sound_and_nothing_else():

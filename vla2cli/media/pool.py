@@ -29,6 +29,7 @@ __all__ = ["Clip", "ClipRequest", "DecodePool", "FileState", "Probe"]
 _START_LIMIT_S = 60.0  # a cold disk and many workers at once
 _HASH_BYTES_PER_S = 20e6  # the slowest disk that is not called hanging
 _REAP_LIMIT_S = 2.0  # a process stuck in the kernel may not even die
+_MAX_HASHED = 64
 _MAX_REQUESTS = 500  # decoders leak
 
 _MOST_WORKERS = 16  # more cannot be kept busy by one model, and each holds clips in memory
@@ -127,6 +128,7 @@ class DecodePool:
         self._tasks: queue.SimpleQueue[_Task[Any] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._workers: set[_Worker] = set()
+        self._hashed: dict[str, FileState] = {}  # the last files: segments of one come together
         self._is_closed = self._is_cancelled = False
         # daemons: a pool that nobody closed must not keep the interpreter from ending
         self._threads = [
@@ -197,10 +199,19 @@ class DecodePool:
     def _hash(self, owner: "_Owner", path: str) -> FileState:
         found, _ = owner.ask({"op": "stat", "path": path}, self.timeout_s, "opening")
         state = FileState(**found)
+        with self._lock:
+            known = self._hashed.get(path)
+        if known and (known.size_bytes, known.mtime_ns) == (state.size_bytes, state.mtime_ns):
+            return known
         limit_s = self.timeout_s + state.size_bytes / _HASH_BYTES_PER_S
         with _remember(state):
-            hashed, _ = owner.ask({"op": "hash", "path": path}, limit_s, "reading the file")
-        return FileState(**hashed)
+            answer, _ = owner.ask({"op": "hash", "path": path}, limit_s, "reading the file")
+        hashed = FileState(**answer)
+        with self._lock:
+            self._hashed[path] = hashed
+            if len(self._hashed) > _MAX_HASHED:
+                del self._hashed[next(iter(self._hashed))]
+        return hashed
 
     def _submit(self, run: "Callable[[_Owner], T]") -> Future[T]:
         future: Future[T] = Future()

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from vla2cli.errors import LedgerError, UsageError, why
-from vla2cli.ledger import Record, key_of, read_records
+from vla2cli.ledger import Record, Segment, key_of, read_records
 from vla2cli.manifest import read_lines
 from vla2cli.world.write import CHOICE
 
 _TASKS = ("ask", "caption")  # whose records hold an answer
-_Asked = tuple[str, str]  # id and question
+_Asked = tuple[str, str, Segment | None]  # id, question and part of the file
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,12 @@ class Expected:
     question: str
     answer: str
     kind: str
+    segment: Segment | None = None
 
     @property
     def asked(self) -> _Asked:
         """What its record in the ledger is found by."""
-        return self.id, self.question
+        return self.id, self.question, self.segment
 
 
 @dataclass
@@ -63,7 +64,7 @@ def score(ledger: Path, manifest: Path) -> list[Row]:
 
     Args:
         ledger: JSON Lines of `vla2 ask` or `vla2 caption`; the last record of a question counts.
-        manifest: JSON Lines with `path`, `question`, `answer` and `kind`, perhaps an `id`.
+        manifest: see `vla2cli.manifest`; each line with `question`, `answer` and `kind`.
 
     Returns:
         A row for each kind, in the order of the manifest.
@@ -99,7 +100,9 @@ def read_manifest(path: Path) -> Iterator[Expected]:
     try:
         with path.open("rb") as file:
             for line in read_lines(file, str(path)):
-                yield Expected(line.id, line.question, line.text("answer"), line.text("kind"))
+                question, answer, kind = map(line.text, ("question", "answer", "kind"))
+                segment = None if line.range_s == (None, None) else line.range_s
+                yield Expected(line.id, question, answer, kind, segment)
     except OSError as error:
         raise UsageError(f"cannot read '{path}': {why(error)}") from error
 
@@ -124,9 +127,9 @@ def _read_answers(ledger: Path) -> dict[_Asked, Record]:
         raise LedgerError(f"'{ledger}' has no record in its lines; expected a ledger of vla2 ask")
     for record in records:
         name, task, question, segment, history = key_of(record)
-        # a part of a clip, or a question that came after others, is not what the manifest asks
-        if task in _TASKS and segment is None and not history:
-            answers[name, question] = record
+        # a question that came after others is not what the manifest asks
+        if task in _TASKS and not history:
+            answers[name, question, segment] = record
     return answers
 
 

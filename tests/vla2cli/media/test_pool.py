@@ -60,6 +60,22 @@ def stopped_worker(pool, folder):
     return pid
 
 
+def test_file_is_hashed_once_until_its_size_or_time_changes(tmp_path):
+    path = tmp_path / "a.bin"
+
+    def hashed(content, time_ns):
+        path.write_bytes(content)
+        os.utime(path, ns=(time_ns, time_ns))
+        return pool.submit_hash(str(path)).result(20).sha256
+
+    with DecodePool(1) as pool:
+        first = hashed(b"one", 1)
+        assert first == hashlib.sha256(b"one").hexdigest()
+        assert hashed(b"two", 1) == first  # nothing tells that it was read again
+        assert hashed(b"two", 2) == hashlib.sha256(b"two").hexdigest()
+        assert hashed(b"three", 2) == hashlib.sha256(b"three").hexdigest()
+
+
 def test_clip_is_what_the_readers_give(folder):
     with DecodePool(2) as pool:
         clip = pool.submit(request(folder, start_s=0.0, end_s=1.0)).result(20)

@@ -79,6 +79,21 @@ def test_answers_to_something_else_do_not_count(tmp_path, manifest):
     assert scored(tmp_path, manifest, ANSWERS + others)["scene"] == (4, 1, 1, 1)
 
 
+def test_part_of_a_clip_is_answered_by_the_record_of_that_part(tmp_path):
+    table = tmp_path / "manifest.csv"
+    rows = ["path,question,answer,kind,start_s,end_s", "a.mp4,Where?,at sea,scene,,0:02"]
+    table.write_text(
+        "\n".join([*rows, "a.mp4,Where?,in a room,scene,2,", "a.mp4,Who?,a cat,x,1,2"])
+    )
+    answers = [
+        record("a.mp4", "Where?", "in a room"),
+        record("a.mp4", "Where?", "at sea", segment={"start_s": None, "end_s": 2.0}),
+        record("a.mp4", "Where?", "at sea", segment={"start_s": 2.0, "end_s": None}),
+        record("a.mp4", "Who?", "a cat", segment={"start_s": 1.0, "end_s": None}),
+    ]
+    assert scored(tmp_path, table, answers) == {"scene": (2, 1, 0, 0), "x": (1, 0, 1, 0)}
+
+
 def test_whole_clips_and_captions_count(tmp_path, manifest):
     whole = {"start_s": None, "end_s": None}
     more = record("d.mp4", "Where?", "in a gray room", segment=whole)
