@@ -16,7 +16,10 @@ from vla2_models.hub import Source
 from vla2_models.loading import load_model
 from vla2_models.miniature import TOWER_ID, write_miniature
 from vla2_models.videollama2 import LANGUAGE_MODELS
+from vla2cli.config import GenerationSettings
 from vla2cli.engine import Engine
+from vla2cli.engines.base import Request, run
+from vla2cli.engines.hf import HFEngine
 
 FAMILIES = {"mistral": MistralConfig, "mixtral": MixtralConfig, "qwen2": Qwen2Config}
 SIZES = {
@@ -67,6 +70,25 @@ def tiny_language_model(family, dtype=torch.float32, **changes):
     torch.manual_seed(0)
     model = LANGUAGE_MODELS[type(config)](config)
     return model.to(dtype).eval().requires_grad_(False)
+
+
+def generate(model, inputs_embeds, settings, seeds=None, num_rows=None):
+    """What the engine says after each prompt, by default all of them at a time."""
+    seeds = seeds or [0] * len(inputs_embeds)
+    requests = [Request(row, settings, seed) for row, seed in zip(inputs_embeds, seeds)]
+    engine = HFEngine(model, num_rows or len(requests), device=inputs_embeds[0].device)
+    return run(engine, requests)
+
+
+def score(model, inputs_embeds, options, num_rows=None):
+    """What the engine makes of the options behind each prompt."""
+    settings = GenerationSettings(eos_token_ids=(2,))
+    requests = [
+        Request(row, settings, options=tuple(map(tuple, of_row)))
+        for row, of_row in zip(inputs_embeds, options)
+    ]
+    engine = HFEngine(model, num_rows or len(requests), device=inputs_embeds[0].device)
+    return run(engine, requests)
 
 
 def write_tiny(hub_dir, **changes):

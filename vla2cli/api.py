@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from vla2cli.config import GenerationChoice
+from vla2cli.cache import DEFAULT_CACHE_SIZE, TokenCache, parse_size
+from vla2cli.config import DEFAULT_BATCH, GenerationChoice
 from vla2cli.engine import Engine
 from vla2cli.features import check_tensors, is_missing, make_folder, parse_tensors, run_features
 from vla2cli.inputs import find_items
@@ -29,7 +30,8 @@ def caption(
     prompt: str | None = None,
     sampling: Sampling | None = None,
     generation: GenerationChoice | None = None,
-    batch: int = 1,
+    batch: int = DEFAULT_BATCH,
+    cache: StrPath | None = None,
     output: StrPath | None = None,
     retry_errors: bool = False,
 ) -> Iterator[Record]:
@@ -41,7 +43,8 @@ def caption(
         prompt: asked of every file; by default "Please describe the video in detail."
         sampling: what is looked at and listened to; by default as the checkpoint says.
         generation: how the model goes on; by default greedy, 512 tokens.
-        batch: prompts that are answered together.
+        batch: clips that are encoded, and prompts that are answered, together.
+        cache: a folder for encoded clips, up to 20 GB; another question needs no decoding.
         output: a ledger to append to; what it already holds is skipped.
         retry_errors: whether files with an error record are tried again.
 
@@ -53,7 +56,7 @@ def caption(
     """
     task = Task("caption", ((prompt,),) if prompt else ())
     with ExitStack() as stack:
-        job = _open_job(stack, engine, task, sampling, generation, batch, output)
+        job = _open_job(stack, engine, task, sampling, generation, batch, output, cache)
         yield from job.run(_todo(job, paths, retry_errors))
 
 
@@ -65,7 +68,8 @@ def ask(
     choices: Sequence[str] = (),
     sampling: Sampling | None = None,
     generation: GenerationChoice | None = None,
-    batch: int = 1,
+    batch: int = DEFAULT_BATCH,
+    cache: StrPath | None = None,
     output: StrPath | None = None,
     retry_errors: bool = False,
 ) -> Iterator[Record]:
@@ -79,7 +83,8 @@ def ask(
         choices: what each answer has to be one of; none: the model's own words.
         sampling: what is looked at and listened to.
         generation: how the model goes on.
-        batch: prompts that are answered together.
+        batch: clips that are encoded, and prompts that are answered, together.
+        cache: a folder for encoded clips, up to 20 GB; another question needs no decoding.
         output: a ledger to append to; what it already holds is skipped.
         retry_errors: whether files with an error record are tried again.
 
@@ -91,7 +96,7 @@ def ask(
     conversations = tuple((q,) if isinstance(q, str) else tuple(q) for q in each)
     with ExitStack() as stack:
         task = Task("ask", conversations, choices=tuple(choices))
-        job = _open_job(stack, engine, task, sampling, generation, batch, output)
+        job = _open_job(stack, engine, task, sampling, generation, batch, output, cache)
         yield from job.run(_todo(job, paths, retry_errors))
 
 
@@ -102,7 +107,8 @@ def ask_manifest(
     questions: Sequence[str] = (),
     sampling: Sampling | None = None,
     generation: GenerationChoice | None = None,
-    batch: int = 1,
+    batch: int = DEFAULT_BATCH,
+    cache: StrPath | None = None,
     output: StrPath | None = None,
     retry_errors: bool = False,
 ) -> Iterator[Record]:
@@ -114,7 +120,8 @@ def ask_manifest(
         questions: for the lines that have none.
         sampling: what is looked at and listened to.
         generation: how the model goes on.
-        batch: prompts that are answered together.
+        batch: clips that are encoded, and prompts that are answered, together.
+        cache: a folder for encoded clips, up to 20 GB; another question needs no decoding.
         output: a ledger to append to; what it already holds is skipped.
         retry_errors: whether files with an error record are tried again.
 
@@ -123,7 +130,7 @@ def ask_manifest(
     listed = read_manifest(os.fspath(manifest), needs_question=not questions)
     with ExitStack() as stack:
         task = Task("ask", tuple((question,) for question in questions))
-        job = _open_job(stack, engine, task, sampling, generation, batch, output)
+        job = _open_job(stack, engine, task, sampling, generation, batch, output, cache)
         yield from job.run(_todo(job, listed, retry_errors))
 
 
@@ -177,13 +184,17 @@ def _open_job(
     generation: GenerationChoice | None,
     batch: int,
     output: StrPath | None,
+    cache: StrPath | None = None,
 ) -> Job:
     sampling = _sampling(engine, sampling)
     engine.check_sampling(sampling)
     settings = engine.settings(generation or GenerationChoice())
     ledger = stack.enter_context(Ledger.open(output)) if output is not None else None
     pool = stack.enter_context(DecodePool(default_num_workers()))
-    return Job(engine, task, sampling, settings, pool, ledger, batch=batch)
+    kept = None
+    if cache is not None:
+        kept = TokenCache.open(Path(cache), parse_size(DEFAULT_CACHE_SIZE))
+    return Job(engine, task, sampling, settings, pool, ledger, batch=batch, cache=kept)
 
 
 def _sampling(engine: Engine, sampling: Sampling | None) -> Sampling:
@@ -203,5 +214,6 @@ def _todo(
         roots = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
         found = find_items([os.fspath(root) for root in roots], modality=modality)
     items = usable_items(found.items, job.pool, modality, has_ears=job.engine.has_ears)
-    plan = job.plan(cut_items(items, job.sampling, job.pool), retry_errors=retry_errors)
+    items, job.unreadable = cut_items(items, job.sampling, job.pool)
+    plan = job.plan(items, retry_errors=retry_errors)
     return [*plan.todo, *filter(is_missing, plan.done)]

@@ -16,7 +16,8 @@ from vla2cli import __version__
 from vla2cli import options as opt
 from vla2cli.bench.command import EXAMPLES as BENCH_EXAMPLES
 from vla2cli.bench.command import bench
-from vla2cli.config import DEFAULT_MAX_NEW_TOKENS, is_debug
+from vla2cli.cache import DEFAULT_CACHE_SIZE
+from vla2cli.config import DEFAULT_BATCH, DEFAULT_MAX_NEW_TOKENS, is_debug
 from vla2cli.console import Console, count, print_data, print_text, printable
 from vla2cli.errors import UsageError, Vla2Error
 from vla2cli.export import EXAMPLES as EXPORT_EXAMPLES
@@ -97,7 +98,10 @@ def caption(
     stc: opt.Stc = "auto",
     precision: opt.RunPrecision = None,
     tensorrt: opt.TensorRT = False,
-    batch: opt.Batch = 1,
+    batch: opt.Batch = DEFAULT_BATCH,
+    overlap: opt.Overlap = True,
+    cache: opt.Cache = None,
+    cache_size: opt.CacheSize = DEFAULT_CACHE_SIZE,
     modality: opt.Modality = "auto",
     start: opt.Start = None,
     end: opt.End = None,
@@ -119,6 +123,7 @@ def caption(
     force: opt.Force = False,
     retry_errors: opt.RetryErrors = False,
     dry_run: opt.DryRun = False,
+    stats: opt.Stats = None,
     config: opt.Config = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -128,12 +133,8 @@ def caption(
     """Describe every video, image and sound that the paths hold."""
     options = RunOptions.of(locals())
     options.check()
-    conversations = ((_spoken(prompt, "--prompt"),),) if prompt is not None else ()
-    if bool(paths) == (manifest is not None):
-        raise UsageError("expected PATH..., or --manifest FILE, which has its own paths")
-    inputs = paths if manifest is None else read_manifest(manifest, needs_question=False)
-    task = Task("caption", conversations)
-    raise typer.Exit(run_batch(task, inputs or [], options, ledger_path=options.ledger_path))
+    inputs, task = _captioned(paths or [], prompt, manifest)
+    raise typer.Exit(run_batch(task, inputs, options, ledger_path=options.ledger_path))
 
 
 @app.command(
@@ -189,7 +190,10 @@ def ask(
     stc: opt.Stc = "auto",
     precision: opt.RunPrecision = None,
     tensorrt: opt.TensorRT = False,
-    batch: opt.Batch = 1,
+    batch: opt.Batch = DEFAULT_BATCH,
+    overlap: opt.Overlap = True,
+    cache: opt.Cache = None,
+    cache_size: opt.CacheSize = DEFAULT_CACHE_SIZE,
     modality: opt.Modality = "auto",
     start: opt.Start = None,
     end: opt.End = None,
@@ -211,6 +215,7 @@ def ask(
     force: opt.Force = False,
     retry_errors: opt.RetryErrors = False,
     dry_run: opt.DryRun = False,
+    stats: opt.Stats = None,
     config: opt.Config = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -220,22 +225,8 @@ def ask(
     """Ask questions about every video, image and sound that the paths hold."""
     options = RunOptions.of(locals())
     options.check()
-    weighed = parse_choices(choices)
-    if then and weighed:
-        raise UsageError("--choices are of one answer; --then goes on from the model's own words")
-    paths, asked = paths or [], list(dict.fromkeys(question or []))
-    if questions is not None:
-        if questions == "-" and "-" in (*paths, manifest):
-            raise UsageError("'-' was given twice; there is one standard input")
-        asked = list(dict.fromkeys([*asked, *read_questions(questions)]))
-    inputs: list[str] | Manifest
-    if manifest is not None:
-        if paths or then:
-            raise UsageError("--manifest has its own paths and no --then; --question goes with it")
-        inputs = read_manifest(manifest, choices=weighed, needs_question=not asked)
-    else:
-        inputs, asked = _split_question(paths, asked)
-    task = Task("ask", _conversations(asked, then or []), choices=weighed)
+    asked = [*(question or []), *_listed(questions, paths or [], manifest)]
+    inputs, task = _asked(paths or [], asked, then or [], manifest, choices)
     raise typer.Exit(run_batch(task, inputs, options, ledger_path=options.ledger_path))
 
 
@@ -345,6 +336,119 @@ def features(
     raise typer.Exit(code)
 
 
+@app.command(
+    epilog=opt.epilog(
+        "vla2 plan examples/",
+        'vla2 plan examples/ --question "What moves?" --calibrate 5',
+    )
+)
+def plan(
+    ctx: typer.Context,
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="PATH...",
+            help="Files, folders, globs or -, as for caption; none with --manifest.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", envvar="VLA2_PROMPT", help="As of caption.")
+    ] = None,
+    question: Annotated[
+        list[str] | None, typer.Option("--question", help="Plan ask instead of caption.")
+    ] = None,
+    then: Annotated[list[str] | None, typer.Option("--then", help="As of ask.")] = None,
+    questions: Annotated[
+        str | None, typer.Option("--questions", metavar="FILE", help="As of ask.")
+    ] = None,
+    manifest: Annotated[
+        str | None,
+        typer.Option("--manifest", metavar="FILE", help="As of ask; with --prompt, of caption."),
+    ] = None,
+    choices: Annotated[
+        str | None, typer.Option("--choices", metavar="A|B|…", help="As of ask.")
+    ] = None,
+    calibrate: Annotated[
+        float,
+        typer.Option(
+            "--calibrate",
+            min=0,
+            help="Seconds that the model is tried for, from its first text on; 0 only looks at "
+            "the files.",
+        ),
+    ] = 20.0,
+    model: opt.Model = None,
+    revision: opt.Revision = None,
+    hub_dir: opt.HubDir = None,
+    offline: opt.Offline = False,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    load_in: opt.LoadIn = None,
+    device_map: opt.DeviceMap = None,
+    frontend: opt.FrontendName = "auto",
+    stc: opt.Stc = "auto",
+    precision: opt.RunPrecision = None,
+    tensorrt: opt.TensorRT = False,
+    batch: opt.Batch = DEFAULT_BATCH,
+    overlap: opt.Overlap = True,
+    cache: opt.Cache = None,
+    cache_size: opt.CacheSize = DEFAULT_CACHE_SIZE,
+    modality: opt.Modality = "auto",
+    start: opt.Start = None,
+    end: opt.End = None,
+    every: opt.Every = None,
+    audio_start: opt.AudioStart = None,
+    audio_range: opt.AudioRange = "same",
+    frames: opt.Frames = None,
+    decoder: opt.Decoder = "pyav",
+    decode_timeout: opt.DecodeTimeout = opt.DEFAULT_DECODE_TIMEOUT,
+    decode_memory: opt.DecodeMemory = opt.DEFAULT_DECODE_MEMORY,
+    workers: opt.Workers = None,
+    max_new_tokens: opt.MaxNewTokens = DEFAULT_MAX_NEW_TOKENS,
+    temperature: opt.Temperature = 0.0,
+    top_p: opt.TopP = None,
+    top_k: opt.TopK = None,
+    seed: opt.Seed = 0,
+    shard: opt.ShardName = None,
+    output: opt.Output = None,
+    force: opt.Force = False,
+    retry_errors: opt.RetryErrors = False,
+    stats: opt.Stats = None,
+    config: opt.Config = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="One JSON object, at a terminal too.")
+    ] = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Say what caption or ask would find, take and cost, and the command for it; write nothing."""
+    options = RunOptions.of(locals() | {"dry_run": True})
+    options.check()
+    from vla2cli.forecast.command import command_line, is_typed
+    from vla2cli.forecast.report import as_lines, as_record
+    from vla2cli.forecast.run import make_forecast
+
+    asked = [*(question or []), *_listed(questions, paths or [], manifest)]
+    if asked or (manifest is not None and not is_typed(ctx, "prompt")):
+        if is_typed(ctx, "prompt"):
+            raise UsageError("--prompt is of caption and --question of ask; give one")
+        inputs, task = _asked(paths or [], asked, then or [], manifest, choices)
+    else:
+        if then or choices is not None:
+            raise UsageError("--then and --choices are of ask; they need --question or --manifest")
+        inputs, task = _captioned(paths or [], prompt, manifest)
+    forecast = make_forecast(task, inputs, options, calibrate)
+    command = command_line(ctx, task.name)
+    if json or not sys.stdout.isatty():
+        print_data(as_record(forecast, command))
+    else:
+        for line in as_lines(forecast, command):
+            print_text(printable(line))
+    raise typer.Exit(forecast.exit_code)
+
+
 app.add_typer(models_app, name="models")
 app.add_typer(world_app, name="world")
 app.command(epilog=EXPORT_EXAMPLES)(export)
@@ -401,6 +505,48 @@ def _spoken(text: str, what: str) -> str:
     if not text.strip():
         raise UsageError(f"{what} is empty")
     return text
+
+
+def _captioned(
+    paths: list[str], prompt: str | None, manifest: str | None
+) -> tuple[list[str] | Manifest, Task]:
+    """Return what is captioned, and with which prompt."""
+    conversations = ((_spoken(prompt, "--prompt"),),) if prompt is not None else ()
+    if bool(paths) == (manifest is not None):
+        raise UsageError("expected PATH..., or --manifest FILE, which has its own paths")
+    inputs = paths if manifest is None else read_manifest(manifest, needs_question=False)
+    return inputs, Task("caption", conversations)
+
+
+def _listed(questions: str | None, paths: list[str], manifest: str | None) -> list[str]:
+    """Return the questions of the file `--questions`."""
+    if questions is None:
+        return []
+    if questions == "-" and "-" in (*paths, manifest):
+        raise UsageError("'-' was given twice; there is one standard input")
+    return list(read_questions(questions))
+
+
+def _asked(
+    arguments: list[str],
+    questions: list[str],
+    then: list[str],
+    manifest: str | None,
+    choices: str | None,
+) -> tuple[list[str] | Manifest, Task]:
+    """Return what is asked about, and what is asked."""
+    weighed = parse_choices(choices)
+    if then and weighed:
+        raise UsageError("--choices are of one answer; --then goes on from the model's own words")
+    inputs: list[str] | Manifest
+    questions = list(dict.fromkeys(questions))
+    if manifest is None:
+        inputs, questions = _split_question(arguments, questions)
+    elif arguments or then:
+        raise UsageError("--manifest has its own paths and no --then; --question goes with it")
+    else:
+        inputs = read_manifest(manifest, choices=weighed, needs_question=not questions)
+    return inputs, Task("ask", _conversations(questions, then), choices=weighed)
 
 
 def _conversations(questions: list[str], then: list[str]) -> tuple[Conversation, ...]:

@@ -14,6 +14,7 @@ from vla2_models.errors import one_line
 from vla2_models.files import is_count, is_positive, read_json
 from vla2cli.errors import ModelError, UsageError
 
+DEFAULT_BATCH = 8  # clips that are encoded, and prompts that are answered, together
 DEFAULT_MAX_NEW_TOKENS = 512  # the reference: 2048; a cut text has finish_reason "length"
 DEFAULT_TOP_P = 0.9  # the reference's, when it samples
 DEFAULT_TOP_K = 50  # transformers', where generation_config.json has none

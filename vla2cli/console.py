@@ -7,17 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 from vla2cli.errors import LedgerError, why
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
-    from vla2cli.jobs import Job
-
 
 Say = Callable[[str], None]  # how what takes long tells people about it: `Console.note`
 
@@ -45,82 +39,14 @@ class Console:
         if self.verbose:
             self._print(message)
 
-    def watch(self, job: Job, total: int, *, is_shown: bool) -> Watch:
-        """Follow a job of `total` records: a bar at a terminal, nothing elsewhere.
-
-        Args:
-            job: how busy its stages are stands beside the bar.
-            total: records that it will make.
-            is_shown: the records themselves go to stdout; at a terminal they would tear the bar.
-        """
-        is_free = sys.stderr.isatty() and not (is_shown and sys.stdout.isatty())
-        has_bar = is_free and total > 1 and not self.quiet
-        return Watch(self, job, total, has_bar=has_bar)
-
-
-class Watch:
-    """A job's progress, as a context: rate, time left, and how busy each stage is."""
-
-    def __init__(self, console: Console, job: Job, total: int, *, has_bar: bool) -> None:
-        self.console = console
-        self.job = job
-        self.started = time.monotonic()
-        self.bar: Progress | None = _make_bar() if has_bar else None
-        if self.bar:
-            self.task = self.bar.add_task("", total=total, busy="", rate="")
-
-    def __enter__(self) -> Watch:
-        """Draw the bar."""
-        if self.bar:
-            self.bar.start()
-            self.console._print = self._print_above
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Leave the bar as it stands."""
-        if self.bar:
-            self.console._print = _print_line
-            self.bar.stop()
-
-    def advance(self, num_done: int) -> None:
-        """Show how far it is."""
-        if self.bar:
-            elapsed = max(time.monotonic() - self.started, 1e-9)
-            self.bar.update(
-                self.task,
-                completed=num_done,
-                rate=format_rate(num_done / elapsed),
-                busy=self._busy(elapsed),
-            )
-
-    def _busy(self, elapsed: float) -> str:
-        busy_s = dict(self.job.busy_s)
-        busy_s["decode"] = busy_s.get("decode", 0.0) / self.job.pool.num_workers
-        shares = {name: busy_s.get(name, 0.0) / elapsed for name in ("decode", "tower", "language")}
-        busiest = max(shares, key=lambda name: shares[name])
-        return "  ".join(
-            f"{name} {min(share, 1):.0%}{' ◀' if name == busiest else ''}"
-            for name, share in shares.items()
-        )
-
-    def _print_above(self, message: str) -> None:
-        assert self.bar is not None
-        self.bar.console.print(printable(message), markup=False, highlight=False, soft_wrap=True)
-
-
-def _make_bar() -> Progress:
-    from rich.console import Console as RichConsole
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as TimeLeft
-
-    return Progress(
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeLeft(compact=True),
-        TextColumn("left  {task.fields[busy]}"),
-        console=RichConsole(stderr=True),
-    )
+    @contextmanager
+    def printing(self, print_line: Callable[[str], None]) -> Iterator[None]:
+        """Let messages go another way for a while, such as above a bar."""
+        before, self._print = self._print, print_line
+        try:
+            yield
+        finally:
+            self._print = before
 
 
 def _print_line(message: str) -> None:

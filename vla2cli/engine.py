@@ -6,32 +6,35 @@ drives it over a batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
 
 from vla2_models.checkpoint import Checkpoint, open_checkpoint
 from vla2_models.fingerprint import hash_weights
 from vla2_models.hub import Source
 from vla2_models.loading import check_weights
+from vla2_models.packed import can_pack, linear_bytes, pack_in_place
 from vla2_models.public import WITH_EARS
 from vla2_models.sound import SoundWindow
 from vla2_models.videollama2 import VideoLLaMA2
 from vla2cli.config import GenerationChoice, GenerationSettings, resolve_generation
 from vla2cli.console import Say
-from vla2cli.engines import eager as language_engine
-from vla2cli.engines.eager import Generation, generate
-from vla2cli.engines.scoring import Choice, as_generation, choose, score
+from vla2cli.engines.base import Generation, Ids, LanguageEngine, Request, Scores, Shared, run
+from vla2cli.engines.hf import HFEngine
+from vla2cli.engines.scoring import Choice, as_generation, choose
 from vla2cli.errors import ModelError, UsageError
 from vla2cli.frontend.base import Frontend
 from vla2cli.frontend.choice import FrontendChoice
 from vla2cli.layout import Layout
 from vla2cli.media.records import Clip
 from vla2cli.media.sampling import MAX_FRAMES
+from vla2cli.memory import free_bytes
 from vla2cli.plan import Sampling
 from vla2cli.preprocess import FrameGeometry, fbank, normalise
 from vla2cli.prompt import Prompt, Turn, build_prompt, continue_prompt
@@ -77,6 +80,16 @@ class Ask:
     history: tuple[Turn, ...] = ()
     seed: int = 0  # of this row's own generator
     choices: tuple[str, ...] = ()  # what the answer has to be one of; none: the model's own words
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt as the language model is given it."""
+
+    ask: Ask
+    prompt: Prompt
+    options: tuple[Ids, ...]  # of each choice its ids
+    request: Request
 
 
 @dataclass(frozen=True)
@@ -136,6 +149,7 @@ class Engine:
         self._choice = frontend or FrontendChoice()
         self._choice.check(self.device, checkpoint.config.connector)
         self._say = say
+        self._kept: tuple[int, LanguageEngine] | None = None  # rows, and an engine of so many
 
     @classmethod
     def load(
@@ -212,13 +226,28 @@ class Engine:
     def model(self) -> VideoLLaMA2:
         """The networks, on the engine's device or as the layout asks."""
         try:
-            return self.layout.load(self.checkpoint, self.dtype, self.device)
+            model = self.layout.load(self.checkpoint, self.dtype, self.device)
+            self._pack(model.language_model)
+            return model
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise ModelError(
                 f"'{self.checkpoint.folder}' does not fit into the memory of {self.device} in "
                 f"{_dtype_name(self.dtype)}; try --dtype bfloat16, --load-in 4bit, or "
                 "--device-map auto"
             ) from error
+
+    def _pack(self, language_model: PreTrainedModel) -> None:
+        """Lay a language model's weights out for the CPU, where they can be and fit into memory."""
+        if self.layout != Layout() or not can_pack(self.device, self.dtype):
+            return
+        free, needed = free_bytes(self.device), linear_bytes(language_model)
+        if free is not None and needed > free:  # as loaded, they may be pages of files
+            self._say(
+                f"the language model is left as it is, which is slower: to lay it out for this "
+                f"processor takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+            )
+            return
+        pack_in_place(language_model)
 
     @cached_property
     def frontend(self) -> Frontend:
@@ -268,7 +297,7 @@ class Engine:
         """What a record says of how the stages run: `frontend`, `engine`, `dtype`, `quant`."""
         return {
             "frontend": self.choice.name,
-            "engine": language_engine.NAME,
+            "engine": HFEngine.name,
             "dtype": _dtype_name(self.dtype),
             "quant": self.layout.load_in,
         }
@@ -362,61 +391,62 @@ class Engine:
         parts = media.parts()
         return self.model.splice(prompt.input_ids, [torch.cat(parts)] if parts else [])
 
-    def answer(self, asks: Sequence[Ask], settings: GenerationSettings) -> list[Answer]:
-        """Answer several prompts in one left-padded batch; a row's text depends on no other."""
-        rows = [(ask, self.prompt(ask)) for ask in asks]
-        chosen = iter(self._choose([row for row in rows if row[0].choices]))
-        spoken = iter(self._speak([row for row in rows if not row[0].choices], settings))
-        return [next(chosen if ask.choices else spoken) for ask in asks]
+    def ask(self, ask: Ask, settings: GenerationSettings, *, clip: Hashable | None = None) -> Asked:
+        """Make a request of a question.
 
-    def _speak(
-        self, rows: Sequence[tuple[Ask, Prompt]], settings: GenerationSettings
-    ) -> list[Answer]:
-        """Let the model answer in its own words."""
-        if not rows:
-            return []
-        embeds = [self.embed(prompt, ask.media) for ask, prompt in rows]
-        seeds = [ask.seed for ask, _ in rows]
-        generations = generate(self.model.language_model, embeds, settings, seeds)
-        return [
-            self._answer(ask, prompt, generation, self.tokenizer.decode(generation.ids).strip())
-            for (ask, prompt), generation in zip(rows, generations, strict=True)
-        ]
+        Args:
+            ask: the question, with what it is about.
+            settings: how the model goes on.
+            clip: the same for all questions about one clip, which is then read once for all.
+        """
+        prompt = self.prompt(ask)
+        options = tuple(
+            tuple(continue_prompt(self.tokenizer, prompt, ask.medium, text)) for text in ask.choices
+        )
+        shared = None
+        if clip is not None and ask.media.parts():
+            place = next(i for i, token in enumerate(prompt.input_ids) if token < 0)
+            shared = Shared(clip, place + sum(map(len, ask.media.parts())))
+        embeds = self.embed(prompt, ask.media)
+        return Asked(ask, prompt, options, Request(embeds, settings, ask.seed, options, shared))
 
-    def _choose(self, rows: Sequence[tuple[Ask, Prompt]]) -> list[Answer]:
-        """Weigh the options of each prompt."""
-        if not rows:
-            return []
-        embeds = [self.embed(prompt, ask.media) for ask, prompt in rows]
-        options = [
-            [continue_prompt(self.tokenizer, prompt, ask.medium, text) for text in ask.choices]
-            for ask, prompt in rows
-        ]
-        answers = []
-        found = score(self.model.language_model, embeds, options)
-        for (ask, prompt), ids, scores in zip(rows, options, found, strict=True):
-            choice = choose(ask.choices, scores.logprobs)
-            generation = as_generation(choice, dict(zip(ask.choices, ids)), scores)
-            answers.append(self._answer(ask, prompt, generation, choice.text or "", choice))
-        return answers
-
-    def _answer(
-        self,
-        ask: Ask,
-        prompt: Prompt,
-        generation: Generation,
-        text: str,
-        choice: Choice | None = None,
-    ) -> Answer:
+    def read(self, asked: Asked, result: Generation | Scores) -> Answer:
+        """Turn what the language model made of a request into words."""
+        ask, choice = asked.ask, None
+        if isinstance(result, Scores):
+            choice = choose(ask.choices, result.logprobs)
+            generation = as_generation(choice, dict(zip(ask.choices, asked.options)), result)
+            text = choice.text or ""
+        else:
+            generation = result
+            text = self.tokenizer.decode(result.ids).strip()
         return Answer(
             text,
-            prompt,
+            asked.prompt,
             generation,
             find_flags(text, generation),
             ask.media.num_visual,
             ask.media.num_audio,
             choice,
         )
+
+    def language_engine(self, num_rows: int) -> LanguageEngine:
+        """Make what answers several prompts at a time."""
+        return HFEngine(
+            self.model.language_model, num_rows, device=self.model.device, say=self._say
+        )
+
+    def _answering(self, num_rows: int) -> LanguageEngine:
+        # one is kept, for who asks again and again
+        if self._kept is None or self._kept[0] != num_rows:
+            self._kept = num_rows, self.language_engine(num_rows)
+        return self._kept[1]
+
+    def answer(self, asks: Sequence[Ask], settings: GenerationSettings) -> list[Answer]:
+        """Answer several prompts together; a row's text depends on no other."""
+        asked = [self.ask(ask, settings) for ask in asks]
+        results = run(self._answering(len(asks)), [row.request for row in asked])
+        return [self.read(row, result) for row, result in zip(asked, results, strict=True)]
 
 
 def find_flags(text: str, generation: Generation) -> tuple[str, ...]:

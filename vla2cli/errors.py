@@ -81,3 +81,16 @@ def why(error: OSError) -> str:
     """Return the reason in lower case, without number and file name."""
     text = error.strerror or str(error)
     return text[:1].lower() + text[1:]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether there was no memory left, of the machine or of a GPU."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, torch.AcceleratorError):
+        return "out of memory" in str(error)
+    # what PyTorch raises on the CPU has no class of its own, and oneDNN gives no reason
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    return "can't allocate memory" in text or text == "could not create a primitive"

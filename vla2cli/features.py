@@ -10,10 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vla2cli.cache import Encoded
 from vla2cli.config import GenerationSettings
 from vla2cli.errors import InputError, LedgerError, UsageError, why
+from vla2cli.failures import in_parts
 from vla2cli.inputs import Item
-from vla2cli.jobs import Job, in_parts
+from vla2cli.jobs import Job
 from vla2cli.ledger import Record
 from vla2cli.media.records import Clip
 from vla2cli.plan import Sampling, Work
@@ -145,10 +147,13 @@ def run_features(
         names: any of `TENSORS`.
         should_stop: asked between clips.
     """
+    job.engine.load_weights()  # no work of any stage
+    job.stats.start(job.pool.worker_pids())
     for outcomes in job.clips(works, should_stop=should_stop):
         for work, found in outcomes:
             if should_stop():
                 return
+            assert not isinstance(found, Encoded), "what is written here is not in a cache"
             for record in _records(job, work, found, folder, names):
                 job.write(record)
                 yield record
@@ -286,6 +291,7 @@ def _prompt_tensors(
         (answer,) = engine.answer(
             [replace(ask, media=tokens)], replace(settings, max_new_tokens=num_new)
         )
+        assert answer.generation.first_logits is not None, "this engine gives them"
         made["first_logits"] = answer.generation.first_logits
         made["generated_ids"] = torch.tensor(answer.generation.ids, dtype=torch.long)
     return made

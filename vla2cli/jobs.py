@@ -1,27 +1,38 @@
-"""One task over many files: decoding ahead, batches, a record for each key.
+"""One task over many files: stages that work at the same time, a record for each key.
 
-    decode_ahead  work -> clips, in batches, decoded by other processes while the model runs
-    Job.run       batches -> records
+    decode_ahead  works -> clips, by other processes
+    Job._encode   clips -> tokens, in batches
+    Asking.run    tokens -> conversations, as many at a time as the engine takes
+    Job.run       conversations -> records, each in the ledger before it is yielded
 
-Nothing here prints: a job yields each record as soon as it is in the ledger.
+Each stage but the last runs in a thread of its own and holds a bounded number of clips; without
+overlap they take turns. Nothing here prints.
 """
 
 from __future__ import annotations
 
+import itertools
+import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vla2_models.errors import one_line
+from vla2cli.asking import Asking, Dialogue, Failed, Ready
+from vla2cli.cache import Encoded, TokenCache, encoder_of, entry_key
 from vla2cli.config import GenerationSettings
-from vla2cli.errors import InputError, ModelError, Vla2Error
+from vla2cli.console import Say
+from vla2cli.errors import InputError, is_out_of_memory
+from vla2cli.failures import in_parts
+from vla2cli.flow import Ahead, Cores, Feed, InTurn
 from vla2cli.inputs import Item
 from vla2cli.ledger import Ledger, Record, settings_digest
 from vla2cli.media.pool import DecodePool
-from vla2cli.media.records import Clip, ClipRequest, FileState
+from vla2cli.media.records import Clip, FileState
 from vla2cli.plan import (
     Conversation,
     Lookup,
@@ -40,17 +51,18 @@ from vla2cli.record import (
     generation_fields,
     history_field,
     make_record,
-    row_seed,
 )
+from vla2cli.stats import Stats
 
 if TYPE_CHECKING:
-    from vla2cli.engine import Answer, Ask, Engine, MediaTokens
+    from vla2cli.engine import Engine, MediaTokens
 
+# positions of a tower's input that fill the processor or the GPU
+ENOUGH_POSITIONS = {"cpu": 4096, "cuda": 16384}
 DEMO_FLAG = "builtin-model"
 WAIT_S = 0.2  # how long a request to stop may go unnoticed while nothing is decoded
 
-Row = TypeVar("Row")
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
 @dataclass
@@ -72,26 +84,30 @@ class Totals:
 
 def decode_ahead(
     works: Iterable[Work],
-    pool: DecodePool,
-    request: Callable[[Item], ClipRequest],
+    start: Callable[[Item], Future[T]],
     *,
     batch: int,
+    lookahead: int,
     should_stop: Callable[[], bool],
-) -> Iterator[list[tuple[Work, Clip | InputError]]]:
+) -> Iterator[list[tuple[Work, T | InputError]]]:
     """Decode ahead of the model and yield clips in batches, in the order they become ready.
 
-    At most `batch` + 2 clips for each decoding process are held, whatever the number of works.
+    Args:
+        works: what to decode.
+        start: begins to decode a file.
+        batch: clips that are waited for, unless there are no more.
+        lookahead: clips at most that are decoded or wait to be taken, at least `batch`.
+        should_stop: asked now and then; then nothing more comes.
     """
     waiting = iter(works)
-    in_flight: dict[Future[Clip], Work] = {}
-    ready: list[tuple[Work, Clip | InputError]] = []
-    lookahead = batch + 2 * pool.num_workers
+    in_flight: dict[Future[T], Work] = {}
+    ready: list[tuple[Work, T | InputError]] = []
     while not should_stop():
         while len(in_flight) + len(ready) < lookahead:
             work = next(waiting, None)
             if work is None:
                 break
-            in_flight[pool.submit(request(work.item))] = work
+            in_flight[start(work.item)] = work
         if not in_flight:
             break
         done, _ = wait(in_flight, timeout=WAIT_S, return_when=FIRST_COMPLETED)
@@ -105,63 +121,6 @@ def decode_ahead(
         yield ready
 
 
-def in_parts(
-    function: Callable[[list[Row]], Sequence[Result]], rows: list[Row], stage: str
-) -> list[Result | InputError]:
-    """Run a function on a batch; where that fails, on each row alone.
-
-    Returns:
-        One result for each row; the error of a row that fails alone too stands in its place.
-    """
-    try:
-        return list(function(rows))
-    except InputError as error:
-        failure = error
-    except Vla2Error:
-        raise
-    except Exception as error:  # one file must not end the batch
-        failure = _describe_failure(error, stage)
-    if len(rows) == 1:
-        return [failure]
-    return [result for row in rows for result in in_parts(function, [row], stage)]
-
-
-def _describe_failure(error: Exception, stage: str) -> InputError:
-    import torch
-
-    if isinstance(error, torch.AcceleratorError):
-        # after such an error every further call fails as well
-        raise ModelError(f"the device failed: {one_line(error)[:300]}") from error
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return InputError(
-            "out of memory; try fewer --frames or a smaller --dtype",
-            kind="out-of-memory",
-            stage=stage,
-        )
-    return InputError(
-        f"unexpected {type(error).__name__}: {one_line(error)[:300]}", kind="failed", stage=stage
-    )
-
-
-@dataclass
-class _Dialogue:
-    """One conversation about one clip, while it is had."""
-
-    work: Work
-    clip: Clip
-    media: MediaTokens
-    questions: Conversation
-    encode_s: float
-    answers: list[Answer] = field(default_factory=list)
-    failure: InputError | None = None
-
-    @property
-    def is_open(self) -> bool:
-        return self.failure is None and len(self.answers) < len(self.questions)
-
-
 class Job:
     """One task, one model and one way to sample, over any number of files.
 
@@ -172,7 +131,11 @@ class Job:
         settings: how the model goes on.
         pool: decodes.
         ledger: what was done before; takes each record before it is yielded.
-        batch: prompts that are answered together.
+        batch: prompts that are answered, and clips at most that are encoded, together.
+        overlap: whether the stages work at the same time.
+        cache: of clips that were encoded before.
+        stats: told what the stages do.
+        say: told when there is too little memory for so many.
     """
 
     def __init__(
@@ -185,6 +148,10 @@ class Job:
         ledger: Ledger | None = None,
         *,
         batch: int = 1,
+        overlap: bool = True,
+        cache: TokenCache | None = None,
+        stats: Stats | None = None,
+        say: Say = lambda message: None,
     ) -> None:
         self.engine = engine
         self.task = task
@@ -193,8 +160,19 @@ class Job:
         self.pool = pool
         self.ledger = ledger
         self.batch = batch
-        # seconds of work: decode (over all processes), tower, language
-        self.busy_s: defaultdict[str, float] = defaultdict(float)
+        self.overlap = overlap
+        self.cache = cache
+        self.stats = stats or Stats(pool.num_workers)
+        # path -> why a file is not decoded, see `segments.cut_items`
+        self.unreadable: Mapping[str, InputError] = {}
+        self._cores = Cores(
+            lambda: pool.num_busy, is_shared=overlap and engine.device.type == "cpu"
+        )
+        self._say = say
+        # a batch of more positions than that is no faster
+        positions = sampling.num_frames * engine.checkpoint.config.num_patches
+        enough = ENOUGH_POSITIONS[engine.device.type]
+        self._encode_size = max(1, min(batch, -(-enough // positions)))
         # what `_wanted` has said, by all of an item that `generation` looks at
         self._wanted_of: dict[tuple[object, ...], dict[str, Any]] = {}
 
@@ -271,11 +249,46 @@ class Job:
     def run(
         self, works: Iterable[Work], *, should_stop: Callable[[], bool] = lambda: False
     ) -> Iterator[Record]:
-        """Do the work; ends early when asked to stop, after the batch in hand."""
-        for outcomes in self.clips(works, should_stop=should_stop):
-            for record in self._answer_batch(outcomes, should_stop):
-                self.write(record)
-                yield record
+        """Do the work; ends early when asked to stop, after the records in hand."""
+        works = iter(works)
+        first = next(works, None)
+        if first is None:  # no weights are needed for nothing
+            return
+        works = itertools.chain([first], works)
+        asking = self.asking()
+        is_closed = threading.Event()
+
+        def should_end() -> bool:
+            return should_stop() or is_closed.is_set()
+
+        self.engine.load_weights()  # before two stages would do so at once
+        self.stats.start(self.pool.worker_pids())
+        with closing(self._stage("encode", self._encode(works, should_end))) as clips:
+            talks = self._stage("ask", asking.run(clips, should_stop, is_closed.is_set))
+            with closing(talks):
+                try:
+                    for talk in talks:
+                        for record in self._records(talk):
+                            self.write(record)
+                            yield record
+                finally:
+                    is_closed.set()
+                    self.stats.stop()
+
+    def asking(self) -> Asking:
+        """Return the stage in which the language model works."""
+        return Asking(
+            self.engine,
+            self.settings,
+            self.task,
+            self.sampling,
+            num_rows=self.batch,
+            cores=self._cores,
+            stats=self.stats,
+        )
+
+    def _stage(self, name: str, items: Iterator[T]) -> Feed[T]:
+        return Ahead(items, self.batch, name) if self.overlap else InTurn(items)
 
     def write(self, record: Record) -> None:
         """Append a record to the ledger, where there is one."""
@@ -284,108 +297,105 @@ class Job:
 
     def clips(
         self, works: Iterable[Work], *, should_stop: Callable[[], bool]
-    ) -> Iterator[list[tuple[Work, Clip | InputError]]]:
-        """Yield the works in batches, each with its clip or with what is wrong with its file."""
+    ) -> Iterator[list[tuple[Work, Clip | Encoded | InputError]]]:
+        """Yield the works in batches, each with its clip or with what is wrong with its file.
+
+        A clip that is in the cache comes as it was encoded.
+        """
         batches = decode_ahead(
             works,
-            self.pool,
-            lambda item: self.sampling.request(
-                item, self.engine.geometry, self.engine.sound_window
-            ),
-            batch=self.batch,
+            self._start,
+            batch=self._encode_size,
+            lookahead=self.batch + (2 * self.pool.num_workers if self.overlap else 0),
             should_stop=should_stop,
         )
+        before_s = self.pool.busy_s
         for outcomes in batches:
-            for _, found in outcomes:
-                if not isinstance(found, InputError):
-                    self.busy_s["decode"] += sum(found.timings_s.values())
+            self.stats.busy_s["decode"] = self.pool.busy_s - before_s
+            self.stats.counts["decoded"] += sum(isinstance(found, Clip) for _, found in outcomes)
             yield outcomes
 
-    def _answer_batch(
-        self,
-        outcomes: Sequence[tuple[Work, Clip | InputError]],
-        should_stop: Callable[[], bool],
-    ) -> Iterator[Record]:
-        clips: list[tuple[Work, Clip]] = []
-        for work, found in outcomes:
-            if isinstance(found, InputError):
-                yield from self.failures(work, found, found.state)
-            else:
-                clips.append((work, found))
-        if not clips:
-            return
-        dialogues: list[_Dialogue] = []
-        for (work, clip), media, encode_s in self._encode(clips):
-            if isinstance(media, InputError):
-                yield from self.failures(work, media, clip.state)
-                continue
-            dialogues += [
-                _Dialogue(work, clip, media, questions, encode_s)
-                for questions in work.conversations
-            ]
-        while open_now := [dialogue for dialogue in dialogues if dialogue.is_open]:
-            for start in range(0, len(open_now), self.batch):
-                if should_stop():  # a conversation that is not over is had again
-                    return
-                yield from self._ask(open_now[start : start + self.batch])
+    def _start(self, item: Item) -> Future[Clip | Encoded]:
+        request = self.sampling.request(item, self.engine.geometry, self.engine.sound_window)
+        if (error := self.unreadable.get(item.path)) is not None:
+
+            def refuse(state: FileState) -> Encoded | None:
+                error.state = state
+                raise error
+
+            return self.pool.submit(request, refuse)
+        cache = self.cache
+        if cache is None:
+            return self.pool.submit(request)
+        encoder = self._encoder
+
+        def recall(state: FileState) -> Encoded | None:
+            return cache.get(entry_key(state.sha256, request, encoder), state)
+
+        return self.pool.submit(request, recall)
+
+    @cached_property
+    def _encoder(self) -> dict[str, Any]:
+        return encoder_of(self.engine)
 
     def _encode(
-        self, clips: list[tuple[Work, Clip]]
-    ) -> Iterator[tuple[tuple[Work, Clip], MediaTokens | InputError, float]]:
-        started = time.perf_counter()
-        encoded = in_parts(self.engine.encode, [clip for _, clip in clips], "encode")
-        encode_s = time.perf_counter() - started
-        self.busy_s["tower"] += encode_s
-        for row, media in zip(clips, encoded, strict=True):
-            yield row, media, encode_s / len(clips)
+        self, works: Iterable[Work], should_stop: Callable[[], bool]
+    ) -> Iterator[Ready | Failed]:
+        """Turn files into tokens, one batch of clips after the other."""
+        for outcomes in self.clips(works, should_stop=should_stop):
+            clips: list[tuple[Work, Clip]] = []
+            for work, found in outcomes:
+                if isinstance(found, InputError):
+                    yield Failed(work, found, found.state)
+                elif isinstance(found, Encoded):
+                    self.stats.counts["recalled"] += 1
+                    yield Ready(work, found, 0.0)
+                else:
+                    clips.append((work, found))
+            if clips:
+                yield from self.encode_clips(clips)
 
-    def _ask(self, dialogues: list[_Dialogue]) -> Iterator[Record]:
-        """Ask the next question of each dialogue; yield the records of those that end."""
+    def encode_clips(self, clips: Sequence[tuple[Work, Clip]]) -> Iterator[Ready | Failed]:
+        """Turn one batch of clips into tokens, and keep them where there is a cache."""
         started = time.perf_counter()
-        answers = in_parts(
-            lambda rows: self.engine.answer([self._next(row) for row in rows], self.settings),
-            dialogues,
-            "generate",
-        )
-        self.busy_s["language"] += time.perf_counter() - started
-        for dialogue, answer in zip(dialogues, answers, strict=True):
-            if isinstance(answer, InputError):
-                dialogue.failure = answer
-            else:
-                dialogue.answers.append(answer)
-            if not dialogue.is_open:
-                yield from self._records(dialogue)
+        with self._cores.use(), self.stats.working("tower"):
+            encoded = in_parts(self._encode_some, [clip for _, clip in clips], "encode")
+        encode_s = (time.perf_counter() - started) / len(clips)
+        self.stats.counts["encoded"] += len(clips)
+        for (work, clip), media in zip(clips, encoded, strict=True):
+            if isinstance(media, InputError):
+                yield Failed(work, media, clip.state)
+                continue
+            ready = Encoded(clip.stripped(), media)
+            if self.cache is not None and clip.is_steady:
+                request = self.sampling.request(
+                    work.item, self.engine.geometry, self.engine.sound_window
+                )
+                self.cache.put(entry_key(clip.state.sha256, request, self._encoder), ready)
+            yield Ready(work, ready, encode_s)
 
-    def _records(self, dialogue: _Dialogue) -> Iterator[Record]:
+    def _encode_some(self, clips: list[Clip]) -> list[MediaTokens]:
+        try:
+            return self.engine.encode(clips)
+        except Exception as error:
+            if is_out_of_memory(error) and 1 < len(clips) <= self._encode_size:
+                self._encode_size = len(clips) // 2
+                self._say(f"out of memory: encoding {self._encode_size} clips at a time")
+            raise
+
+    def _records(self, talk: Dialogue | Failed) -> Iterator[Record]:
         """Make the records of a conversation that is over: nobody finds half of one."""
-        for turn in range(len(dialogue.questions)):
-            if turn < len(dialogue.answers):
-                yield self._record(dialogue, turn)
+        if isinstance(talk, Failed):
+            yield from self.failures(talk.work, talk.error, talk.state)
+            return
+        for turn in range(len(talk.questions)):
+            if turn < len(talk.answers):
+                yield self._record(talk, turn)
             else:
-                assert dialogue.failure is not None, f"turn {turn} was not asked"
-                item, state = dialogue.work.item, dialogue.clip.state
-                fields = self.fields(item, dialogue.questions, turn, state)
-                yield make_record(**fields, error=error_field(dialogue.failure))
-
-    def _next(self, dialogue: _Dialogue) -> Ask:
-        from vla2cli.engine import Ask
-
-        turn = len(dialogue.answers)
-        key = key_fields(self.task, self.sampling, dialogue.work.item, dialogue.questions, turn)
-        return Ask(
-            question=dialogue.questions[turn],
-            medium=self.sampling.medium_of(dialogue.work.item),
-            media=dialogue.media,
-            history=self._history(dialogue, turn),
-            seed=row_seed(self.settings.seed, key),
-            choices=self.task.choices_of(dialogue.work.item, dialogue.questions[turn]),
-        )
-
-    def _history(self, dialogue: _Dialogue, turn: int) -> tuple[Any, ...]:
-        from vla2cli.prompt import Turn
-
-        pairs = zip(dialogue.questions[:turn], dialogue.answers)
-        return tuple(Turn(question, answer.text) for question, answer in pairs)
+                assert talk.failure is not None, f"turn {turn} was not asked"
+                item, state = talk.about.work.item, talk.about.encoded.clip.state
+                fields = self.fields(item, talk.questions, turn, state)
+                yield make_record(**fields, error=error_field(talk.failure))
 
     def failures(self, work: Work, error: InputError, state: FileState | None) -> Iterator[Record]:
         """Make an error record for each turn of a work; `state` is of the file that failed."""
@@ -394,13 +404,12 @@ class Job:
                 common = self.fields(work.item, conversation, turn, state)
                 yield make_record(**common, error=error_field(error))
 
-    def _record(self, dialogue: _Dialogue, turn: int) -> Record:
-        clip = dialogue.clip
-        common = self.fields(dialogue.work.item, dialogue.questions, turn, clip.state)
+    def _record(self, talk: Dialogue, turn: int) -> Record:
+        clip, answer = talk.about.encoded.clip, talk.answers[turn]
+        common = self.fields(talk.about.work.item, talk.questions, turn, clip.state)
         common |= clip_fields(clip)
         if turn:
-            common["history"] = history_field(self._history(dialogue, turn))
-        answer = dialogue.answers[turn]
+            common["history"] = history_field(talk.history(turn))
         common |= {"flags": [*self.demo_flags, *clip.flags, *answer.flags]}
         return make_record(
             **common,
@@ -416,7 +425,7 @@ class Job:
             logprob_mean=answer.generation.logprob_mean,
             timings_s={
                 **{name: round(seconds, 6) for name, seconds in clip.timings_s.items()},
-                "encode": round(dialogue.encode_s, 6),
+                "encode": round(talk.about.encode_s, 6),
                 "prefill": round(answer.generation.prefill_s, 6),
                 "generate": round(answer.generation.generate_s, 6),
             },

@@ -439,6 +439,14 @@ def check_new(path: str | os.PathLike[str], *, force: bool = False) -> None:
         raise UsageError(f"'{name}' exists; --force renames it to FILE.bak-N")
 
 
+def belongs_to(path: str | os.PathLike[str], ledger: str | os.PathLike[str]) -> bool:
+    """Tell whether a path is a ledger or one of the files beside it, be they there or not."""
+    found, real = Path(os.path.realpath(path)), Path(os.path.realpath(ledger))
+    if found in (real, *(_beside(real, ending) for ending in ("lock", "part", "torn"))):
+        return True
+    return str(found).startswith(str(_beside(real, "bak-")))
+
+
 def refuse_held(path: str | os.PathLike[str]) -> None:
     """Refuse a ledger that another process writes; nothing is locked or made.
 

@@ -1,8 +1,9 @@
 """`vla2 merge`: the ledgers of shards, or of any runs, joined into one.
 
-Within one ledger the last record of a key wins. Of several ledgers, the same record is taken once
-and an error gives way to a text; two records that say different things are a conflict, and nothing
-is written. What is written are the lines as they stand, by input and by line.
+Within one ledger the last record of a key wins. Of several ledgers, the same record is taken once,
+and an error gives way to a text, or to the error of a later ledger; two texts that say different
+things are a conflict, and nothing is written. What is written are the lines as they stand, by input
+and by line.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ EXAMPLES = opt.epilog(
     "vla2 merge .demo/captions.jsonl -o .demo/last.jsonl --force",
     "vla2 merge .demo/captions.jsonl .demo/captions.jsonl -o .demo/both.jsonl --force",
 )
-MAY_DIFFER = ("created", "timings_s")  # between two records that are the same
+# between two records that are the same; a mean's last bits depend on what else was in the batch
+MAY_DIFFER = ("created", "timings_s", "logprob_mean")
 SHOWN_CHARS = 60  # of a question in a message
 
 
@@ -61,8 +63,9 @@ def merge(
 ) -> None:
     """Join the ledgers of shards, or of any runs, into one.
 
-    The same record is taken once, and an error gives way to a text. Where two ledgers say different
-    things under one key, nothing is written. The ledgers themselves are not changed.
+    The same record is taken once, and an error gives way to a text, or to a later ledger's error.
+    Where two texts under one key differ, nothing is written. The ledgers themselves are not
+    changed.
     """
     console = Console(quiet=quiet, verbose=verbose)
     if output in (None, "", "-"):
@@ -125,7 +128,7 @@ class _Kept(NamedTuple):
     input_idx: int
     line: int  # from 1
     is_error: bool
-    content: bytes  # digest of all but `MAY_DIFFER`
+    content: bytes  # digest, see `_content`
 
 
 def merge_ledgers(
@@ -192,10 +195,9 @@ def _choose(inputs: Sequence[Input]) -> dict[Key, _Kept]:
     for idx, source in enumerate(inputs):
         for key, new in _read(source, idx).items():
             old = kept.get(key)
-            if old is None or (old.is_error and not new.is_error):
+            if old is None or old.is_error:
                 kept[key] = new
-                conflicts.pop(key, None)  # of two errors
-            elif old.content != new.content and old.is_error == new.is_error:
+            elif not new.is_error and old.content != new.content:
                 conflicts.setdefault(key, (old, new))
     if conflicts:
         raise LedgerError(_describe(conflicts, inputs))
@@ -220,12 +222,14 @@ def _read(source: Input, idx: int) -> dict[Key, _Kept]:
 
 
 def _content(record: Record, only: str | None = None) -> bytes:
-    """Digest all of a record, or one field, but what may differ."""
+    """Digest all of a record, or one field, but what may differ; of a `choice` only the text."""
     fixed = {
         name: value
         for name, value in record.items()
         if name not in MAY_DIFFER and only in (None, name)
     }
+    if isinstance(choice := fixed.get("choice"), dict):
+        fixed["choice"] = choice.get("text")  # probabilities depend on the batch like means do
     try:
         text = orjson.dumps(fixed, option=orjson.OPT_SORT_KEYS)
     except TypeError:  # what only the plain writer takes

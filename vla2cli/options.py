@@ -7,7 +7,6 @@ default that `--help` shows.
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,10 +14,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from vla2cli.cache import DEFAULT_CACHE_SIZE, parse_size
 from vla2cli.config import GenerationChoice, read_config_file
 from vla2cli.errors import UsageError
 from vla2cli.plan import Sampling, parse_time
 from vla2cli.shards import Shard, parse_shard
+from vla2cli.stats import check_stats
 
 
 def epilog(*examples: str) -> str:
@@ -51,19 +52,6 @@ def _use_config(ctx: typer.Context, path: Path | None) -> Path | None:
 
 def _takes_several(param: Any) -> bool:
     return param.nargs == -1 or getattr(param, "multiple", False)
-
-
-def parse_size(text: str) -> int:
-    """Read a size in bytes: `20GB`, `500 MB`, `1.5tb`; units of 10, as on the disk's box.
-
-    Raises:
-        UsageError: the text is no size above 0.
-    """
-    match = _SIZE.fullmatch(text.strip().lower())
-    size_bytes = int(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if size_bytes < 1:
-        raise UsageError(f"'--cache-size {text}': expected a size like 20GB or 500MB")
-    return size_bytes
 
 
 _PATHS = typer.Argument(
@@ -155,7 +143,32 @@ RunPrecision = Annotated[
 TensorRT = Annotated[
     bool, _option("--tensorrt", help="On CUDA, let TensorRT run what it can of the ONNX graphs.")
 ]
-Batch = Annotated[int, _option("--batch", help="Prompts that are answered together.")]
+Batch = Annotated[
+    int, _option("--batch", help="Clips that are encoded, and prompts that are answered, together.")
+]
+Overlap = Annotated[
+    bool,
+    _option(
+        "--overlap/--no-overlap",
+        help="Decode, encode and answer at the same time, or one after the other.",
+    ),
+]
+Cache = Annotated[
+    Path | None,
+    _option(
+        "--cache",
+        metavar="DIR",
+        help="Keep encoded clips here: another question skips decoding and encoding.",
+    ),
+]
+CacheSize = Annotated[
+    str,
+    _option("--cache-size", help="What it may hold; what was not used for longest goes first."),
+]
+Stats = Annotated[
+    Path | None,
+    _option("--stats", metavar="FILE", help="Write how busy each stage was, and counts, as JSON."),
+]
 
 # what of a file is looked at
 Modality = Annotated[
@@ -254,8 +267,7 @@ Quiet = Annotated[bool, _option("--quiet", "-q", help="Nothing on stderr but wha
 Verbose = Annotated[bool, _option("--verbose", "-v", help="Say more on stderr.")]
 Debug = Annotated[bool, _option("--debug", help="Show the traceback of what went wrong.")]
 
-_UNITS = {"mb": 10**6, "gb": 10**9, "tb": 10**12}
-_SIZE = re.compile(rf"([0-9]{{1,9}}(?:\.[0-9]{{1,9}})?) ?({'|'.join(_UNITS)})")
+MAX_BATCH = 1024  # clips and prompts of so many are held at once
 DEFAULT_DECODE_TIMEOUT = 60.0  # seconds
 DEFAULT_DECODE_MEMORY = 4.0  # GB
 
@@ -302,11 +314,18 @@ class RunOptions:
     quiet: bool
     verbose: bool
     debug: bool
+    # features are of the file itself, and made one after the other
+    overlap: bool = True
+    cache: Path | None = None
+    cache_size: str = DEFAULT_CACHE_SIZE
+    stats: Path | None = None
 
     @classmethod
     def of(cls, flags: Mapping[str, Any]) -> RunOptions:
         """Take the shared flags out of a command's arguments."""
-        return cls(**{field.name: flags[field.name] for field in fields(cls)})
+        return cls(
+            **{field.name: flags[field.name] for field in fields(cls) if field.name in flags}
+        )
 
     def check(self) -> None:
         """Refuse values that mean nothing, before anything is opened.
@@ -317,6 +336,8 @@ class RunOptions:
         for flag, value in (("batch", self.batch), ("workers", self.workers)):
             if value is not None and value < 1:
                 raise UsageError(f"'--{flag} {value}': at least 1 is needed")
+        if self.batch > MAX_BATCH:
+            raise UsageError(f"'--batch {self.batch}': at most {MAX_BATCH:,}")
         limits = {"decode-timeout": self.decode_timeout, "decode-memory": self.decode_memory}
         for flag, limit in limits.items():
             if not 0 < limit < float("inf"):
@@ -327,7 +348,9 @@ class RunOptions:
             raise UsageError("'-o' is empty; give a file, or - for stdout")
         if self.output in (None, "-") and (self.force or self.retry_errors):
             raise UsageError("--force and --retry-errors are about a ledger; they need -o FILE")
-        _ = self.generation, self.sampling(1), self.part
+        if self.stats is not None:
+            check_stats(self.stats, self.ledger_path)
+        _ = self.generation, self.sampling(1), self.part, parse_size(self.cache_size)
 
     @property
     def generation(self) -> GenerationChoice:

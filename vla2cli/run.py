@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
+from vla2cli.cache import TokenCache, parse_size
 from vla2cli.console import (
     Console,
     count,
@@ -18,18 +19,20 @@ from vla2cli.console import (
     format_rate,
     format_size,
     print_data,
-    print_text,
 )
 from vla2cli.errors import InputError, UsageError
-from vla2cli.inputs import Found, Item, Note, encode_name, find_items
+from vla2cli.inputs import Found, Item, Note, find_items
 from vla2cli.jobs import Job, Totals
 from vla2cli.ledger import Ledger, Record, check_output, read_index
 from vla2cli.manifest import Manifest
 from vla2cli.media.pool import DecodePool, Probe, default_num_workers
 from vla2cli.options import RunOptions
 from vla2cli.plan import NO_EARS, Plan, Sampling, Task, Work, count_records, outcome, usable_items
+from vla2cli.progress import Watch
 from vla2cli.segments import cut_items
 from vla2cli.shards import Shard
+from vla2cli.show import Failures, Plain
+from vla2cli.stats import Stats, write_stats
 from vla2cli.stop import Stop
 
 if TYPE_CHECKING:
@@ -81,13 +84,19 @@ def run_batch(
             found = find_items(paths, modality=options.modality)
         if ledger_path is not None:
             check_output(ledger_path)
+            _refuse_input(ledger_path, paths, found)
         engine = engine or open_engine(options, console)
         sampling = options.sampling(engine.checkpoint.config.num_frames)
         check(engine, sampling)
         _note_found(found, options.modality, engine.has_ears, console)
+        num_workers = options.workers or default_num_workers()
+        stats = Stats(num_workers)
+        if options.stats is not None and not options.dry_run:
+            # last of all: only then the processes that decode have ended, and their time is known
+            stack.callback(lambda path: write_stats(path, stats.summary()), options.stats)
         pool = stack.enter_context(
             DecodePool(
-                options.workers or default_num_workers(),
+                num_workers,
                 timeout_s=options.decode_timeout,
                 memory_bytes=int(options.decode_memory * 2**30),
             )
@@ -101,10 +110,23 @@ def run_batch(
             _note_repairs(ledger, ledger_path, console)
         if sampling.every_s is not None:
             console.note(f"measuring {count(len({item.id for item in items}), 'file')} …")
-            items = cut_items(items, sampling, pool)
+        items, unreadable = cut_items(items, sampling, pool)
         settings = engine.settings(options.generation)
-        job = Job(engine, task, sampling, settings, pool, ledger, batch=options.batch)
-        _note_hashing(engine, console)
+        job = Job(
+            engine,
+            task,
+            sampling,
+            settings,
+            pool,
+            ledger,
+            batch=options.batch,
+            overlap=options.overlap,
+            cache=_open_cache(options, console),
+            stats=stats,
+            say=console.note,
+        )
+        job.unreadable = unreadable
+        note_hashing(engine, console)
         lookup = None
         if options.dry_run and ledger_path and not options.force:
             lookup = read_index(ledger_path).get
@@ -115,7 +137,7 @@ def run_batch(
         _note_plan(plan, ledger_path, console)
         if plan.todo:
             load_weights(engine, console)
-        show = _shower(options, ledger_path, items)
+        show = _choose_show(options, ledger_path, plan, len(items))
         return _follow(job, plan, run, show, stop, console, ledger_path)
 
 
@@ -168,6 +190,24 @@ def open_engine(options: RunOptions, console: Console) -> Engine:
     return engine
 
 
+def _refuse_input(ledger_path: str, paths: Sequence[str] | Manifest, found: Found) -> None:
+    """Refuse to write, or with --force to rename, what is to be read."""
+    names = [item.path for item in found.items]
+    if isinstance(paths, Manifest):
+        names.append(paths.name)
+    real = os.path.realpath(ledger_path)
+    # of a million files few are called like the output
+    alike = (name for name in names if os.path.basename(name) == os.path.basename(ledger_path))  # noqa: PTH119
+    if any(os.path.realpath(name) == real for name in alike):
+        raise UsageError(f"'{ledger_path}' is an input; choose another -o")
+
+
+def _open_cache(options: RunOptions, console: Console) -> TokenCache | None:
+    if options.cache is None or options.dry_run:
+        return None
+    return TokenCache.open(options.cache, parse_size(options.cache_size), console.note)
+
+
 def _default_model(console: Console) -> str:
     """Name the built-in model, and say that it was taken."""
     from vla2_models.hub import BUILTIN, has_builtin
@@ -212,7 +252,8 @@ def _describe_note(note: Note, modality: str, has_ears: bool) -> str:
     return ", ".join(parts) or f"no video, image or sound (looked at {note.looked_at:,} files)"
 
 
-def _note_hashing(engine: Engine, console: Console) -> None:
+def note_hashing(engine: Engine, console: Console) -> None:
+    """Say that weights are hashed when that takes a while."""
     from vla2_models.fingerprint import is_remembered
 
     size_bytes = engine.checkpoint.size_bytes
@@ -291,7 +332,8 @@ def _preview(job: Job, plan: Plan, console: Console) -> int:
     probes = {file: job.pool.submit_probe(*file) for file in files}
     num_unreadable = 0
     for work in plan.todo:
-        found = outcome(probes[work.item.path, work.item.kind])
+        looked = outcome(probes[work.item.path, work.item.kind])
+        found = job.unreadable.get(work.item.path, looked)
         line = _preview_line(job, work.item, job.task.name)
         if isinstance(found, InputError):
             num_unreadable += work.num_records
@@ -329,47 +371,14 @@ def _preview_fields(job: Job, item: Item, found: Probe) -> dict[str, Any]:
     return fields
 
 
-def _shower(
-    options: RunOptions, ledger_path: str | None, items: Sequence[Item]
+def _choose_show(
+    options: RunOptions, ledger_path: str | None, plan: Plan, num_items: int
 ) -> Callable[[Record], None]:
     """Choose what goes to stdout: nothing beside a ledger, plain text or JSON Lines."""
     if ledger_path is not None:
         return lambda record: None
-    is_plain = len(items) == 1 and sys.stdout.isatty() and not options.json and not options.output
-    return _print_plain if is_plain else print_data
-
-
-def _print_plain(record: Record) -> None:
-    if record.get("error") is None:
-        print_text(record["text"])
-
-
-class _Failures:
-    """What went wrong with each file, to be said once, when no record of it is to come."""
-
-    def __init__(self, works: Sequence[Work]) -> None:
-        self.left: Counter[str] = Counter()  # path as in records -> records to come
-        for work in works:
-            self.left[encode_name(work.item.path)] += work.num_records
-        self.found: dict[str, Counter[str]] = {}  # path -> message -> records
-
-    def take(self, record: Record) -> Iterator[tuple[str, int]]:
-        """Take the next record; yield what is to be said, and of how many records."""
-        path = record["path"]
-        self.left[path] -= 1
-        if record.get("error") is not None:
-            self.found.setdefault(path, Counter())[record["error"]["message"]] += 1
-        if not self.left[path]:
-            yield from self._say(path)
-
-    def rest(self) -> Iterator[tuple[str, int]]:
-        """Yield what is still to be said."""
-        for path in list(self.found):
-            yield from self._say(path)
-
-    def _say(self, path: str) -> Iterator[tuple[str, int]]:
-        for message, number in self.found.pop(path, Counter()).items():
-            yield f"{path}: {message}", number
+    is_plain = num_items == 1 and sys.stdout.isatty() and not options.json and not options.output
+    return Plain(plan.todo) if is_plain else print_data
 
 
 def _follow(
@@ -383,11 +392,11 @@ def _follow(
 ) -> int:
     """Run the plan, show what comes, sum up."""
     totals = Totals()
-    failures = _Failures(plan.todo)
+    failures = Failures(plan.todo)
     num_todo = count_records(plan.todo)
 
     def note(message: str, number: int) -> None:
-        if show is _print_plain:  # this is the whole result: --quiet does not swallow it
+        if isinstance(show, Plain):  # this is the whole result: --quiet does not swallow it
             Console().note(f"vla2: {message}")
             return
         parts = ["recorded" if number == 1 else f"{number:,} records"] if num_todo > 1 else []
@@ -396,7 +405,7 @@ def _follow(
 
     started = time.monotonic()
     stop.is_running = True
-    with console.watch(job, num_todo, is_shown=ledger_path is None) as watch:
+    with Watch(console, job.stats, num_todo, is_shown=ledger_path is None) as watch:
         for record in run(job, plan.todo, stop):
             totals.add(record)
             show(record)
@@ -405,6 +414,8 @@ def _follow(
             watch.advance(totals.done + totals.errors)
         for message, number in failures.rest():
             note(message, number)
+        if isinstance(show, Plain):
+            show.rest()
     num_seen = totals.done + totals.errors
     if stop() and num_seen < num_todo:
         whole = f", {ledger_path} is whole; run the same command to go on" if ledger_path else ""

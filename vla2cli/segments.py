@@ -20,11 +20,14 @@ from vla2cli.plan import Sampling, outcome
 _LEAST = 0.1  # of the length: a shorter rest is no segment of its own
 
 
-def cut_items(items: Sequence[Item], sampling: Sampling, pool: DecodePool) -> list[Item]:
+def cut_items(
+    items: Sequence[Item], sampling: Sampling, pool: DecodePool
+) -> tuple[list[Item], dict[str, InputError]]:
     """Cut each item, or the range of it that is asked about, into segments of `sampling.every_s`.
 
     Pictures stay whole, and so does what is not longer than a segment, what does not tell its
-    length, and what cannot be read: decoding that will say why.
+    length, and what cannot be read. That is not to be decoded: a record of the whole of a long file
+    would hide that it was never cut.
 
     Args:
         items: their kinds settled.
@@ -32,30 +35,36 @@ def cut_items(items: Sequence[Item], sampling: Sampling, pool: DecodePool) -> li
         pool: looks how long the files are, many at once.
 
     Returns:
-        The segments in the order of the items; the ends between them in whole milliseconds.
+        The segments in the order of the items, the ends between them in whole milliseconds; and
+        path -> what is wrong with a file that cannot be read.
     """
     if sampling.every_s is None:
-        return list(items)
+        return list(items), {}
     probes: dict[tuple[str, str], Future[Probe]] = {}
     for file in (_file_of(item, sampling) for item in items if item.kind != "image"):
         if file not in probes:
             probes[file] = pool.submit_probe(*file)
     cut: list[Item] = []
+    unreadable: dict[str, InputError] = {}
     for item in items:
-        length_s = _length_s(probes.get(_file_of(item, sampling)))
-        cut += _cut(item, sampling.range_of(item), length_s, sampling.every_s)
-    return cut
+        probe = probes.get(_file_of(item, sampling))
+        found = None
+        if probe is not None:
+            found = outcome(probe)
+        if isinstance(found, InputError):
+            unreadable[item.path] = found
+            cut.append(item)
+        else:
+            cut += _cut(item, sampling.range_of(item), _length_s(found), sampling.every_s)
+    return cut, unreadable
 
 
 def _file_of(item: Item, sampling: Sampling) -> tuple[str, str]:
     return item.path, "audio" if sampling.medium_of(item) == "audio" else item.kind
 
 
-def _length_s(probe: Future[Probe] | None) -> float:
-    if probe is None:
-        return 0.0
-    found = outcome(probe)
-    if isinstance(found, InputError):
+def _length_s(found: Probe | None) -> float:
+    if found is None:
         return 0.0
     # a range of a video is counted in frames: its times may run differently
     return found.num_total / found.fps if found.fps else found.duration_s

@@ -29,6 +29,8 @@ from .videollama2 import VideoLLaMA2
 # the C library gives blocks above 32 MiB back to the system at once, and to touch fresh pages takes
 # longer than what is done to them
 GROUP_BYTES = 20 * 2**20
+# of which a product for each head would cost more to start than to compute
+FEW_POSITIONS = 128
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -59,6 +61,23 @@ def pack(module: nn.Module) -> Any:
     if replace is not None:
         return replace(module)
     return _pack_children(module)
+
+
+def pack_in_place(module: nn.Module) -> None:
+    """Pack the linear layers of a network one after the other; none is held twice."""
+    # by their names: `named_children` holds all that it has given until it is over
+    for name in [name for name, _ in module.named_children()]:
+        child = getattr(module, name)
+        if type(child) is nn.Linear:
+            setattr(module, name, _pack_linear(child))
+        else:
+            pack_in_place(child)
+
+
+def linear_bytes(module: nn.Module) -> int:
+    """Count the bytes of what `pack_in_place` lays out."""
+    layers = (layer for layer in module.modules() if type(layer) is nn.Linear)
+    return sum(layer.weight.nbytes for layer in layers)
 
 
 class PackedLinear(nn.Module):
@@ -110,7 +129,7 @@ class InPlaceQuickGELU(nn.Module):
 def attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, gate: Tensor | None = None
 ) -> Tensor:
-    """Attend head by head, with scores in float32.
+    """Attend with scores in float32, over many positions head by head.
 
     PyTorch's own function computes these products by MKL, and those of bfloat16 no faster.
 
@@ -125,6 +144,12 @@ def attend(
         (B, N, H * d), of the dtype of `v`.
     """
     scale = q.shape[-1] ** -0.5
+    if q.shape[2] <= FEW_POSITIONS:
+        scores = (q.float() * scale) @ k.float().transpose(-1, -2)
+        if bias is not None and gate is not None:
+            scores += bias * gate
+        attended: Tensor = scores.softmax(-1).to(v.dtype) @ v
+        return attended.transpose(1, 2).flatten(2)
     q, k = (
         tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         for tensor in (q, k)

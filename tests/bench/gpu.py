@@ -7,6 +7,7 @@
                models in 4 and 8 bits and spread over devices, each against the CPU or PyTorch
     kernels    each Triton kernel against PyTorch's operators (kernels.py)
     bench      `vla2 bench` at public size: plain PyTorch, Triton, ONNX Runtime
+    engine     the language model in batches against transformers' generate, 7 B (engines.py)
 
 The report names the machine, says which tests failed, and has the bench's table; the rows are
 beside it as JSON Lines. Exits with 0 where all passed, 1 where something failed, 2 without CUDA.
@@ -28,6 +29,10 @@ from vla2cli.bench.rows import read_rows
 
 DTYPES = ("float32", "float16", "bfloat16")
 FRONTENDS = ("eager", "triton", "onnx")
+ENGINES = (
+    *("--size", "7b", "--device", "cuda", "--dtype", "bfloat16", "--prompt", "1200"),
+    *("--rows", "8", "--rows", "32"),
+)
 
 
 def main(report: Path, spec: str) -> int:
@@ -39,12 +44,14 @@ def main(report: Path, spec: str) -> int:
     rows.unlink(missing_ok=True)
     parts = {"Machine": describe_machine()}
     passed, parts["Tests"] = run_tests(report.with_suffix(".xml"))
-    timed, parts["Kernels"] = run_kernels()
+    timed, parts["Kernels"] = run_script("kernels.py")
     measured, parts["Bench"] = run_bench(spec, rows)
+    compared, parts["Engine"] = run_script("engines.py", *ENGINES)
+    is_whole = passed and timed and measured and compared
     text = "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
     report.write_text(f"# vla2 on a GPU\n\n{text}\n", encoding="utf-8")
-    print(f"gpu-check: {'passed' if passed and timed and measured else 'FAILED'}; see {report}")
-    return 0 if passed and timed and measured else 1
+    print(f"gpu-check: {'passed' if is_whole else 'FAILED'}; see {report}")
+    return 0 if is_whole else 1
 
 
 def describe_machine() -> str:
@@ -77,9 +84,9 @@ def run_tests(results: Path) -> tuple[bool, str]:
     return has_run and done.returncode == 0, fenced("\n".join(lines))
 
 
-def run_kernels() -> tuple[bool, str]:
-    """Time the kernels alone; say whether it went through, and the table."""
-    done = run([sys.executable, str(Path(__file__).with_name("kernels.py"))])
+def run_script(name: str, *arguments: str) -> tuple[bool, str]:
+    """Run a script beside this one; say whether it went through, and what it printed."""
+    done = run([sys.executable, str(Path(__file__).with_name(name)), *arguments])
     return not done.returncode, fenced(done.stderr if done.returncode else done.stdout)
 
 

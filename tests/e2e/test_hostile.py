@@ -70,8 +70,12 @@ def test_every_file_costs_one_record_and_a_killed_worker_none(
         if path.suffix in (".mp4", ".jpg", ".png"):
             (folder / f"good-{path.name}").symlink_to(path)
             good.append(f"good-{path.name}")
+    for path in sorted(EXAMPLES.glob("*.mp4")) * 4:  # so that each batch holds good and bad ones
+        good.append(f"more-{len(good):02}.mp4")
+        (folder / good[-1]).symlink_to(path)
     ledger = tmp_path / "captions.jsonl"
-    run = vla2.start("caption", folder, "-o", ledger, "--workers", "2")
+    options = ("--workers", "2", "--overlap", "--batch", "8")
+    run = vla2.start("caption", folder, "-o", ledger, *options)
     for _ in range(2):
         # one that works by now: the file in its hands is tried again
         victim = wait_until(lambda: [pid for pid in vla2.workers() if _is_ready(pid)])[0]

@@ -1,5 +1,8 @@
 """Killed at any moment and started again: the records of an undisturbed run.
 
+The killed runs work on several things at a time, every other one with a cache of clips; the
+undisturbed one does one thing after the other.
+
 Set VLA2_KILLS for more kills than the default.
 """
 
@@ -28,7 +31,7 @@ def test_killed_and_taken_up_again_leaves_the_records_of_an_undisturbed_run(
 
     whole = tmp_path / "whole.jsonl"
     started = time.monotonic()
-    undisturbed = start(whole)
+    undisturbed = start(whole, "--no-overlap")
     wait_until(lambda: read_ledger(whole))
     load_s = time.monotonic() - started
     assert undisturbed.wait().code == 0
@@ -38,7 +41,8 @@ def test_killed_and_taken_up_again_leaves_the_records_of_an_undisturbed_run(
     ledger = tmp_path / "killed.jsonl"
     num_killed = 0
     for i in range(NUM_KILLS):
-        run = start(ledger, "--batch", str(rng.choice(BATCHES)))
+        cached = ("--cache", tmp_path / "tokens") if i % 2 else ()
+        run = start(ledger, "--overlap", "--batch", str(rng.choice(BATCHES)), *cached)
         if i % 4 < 2:  # while it loads, or a little later
             time.sleep(rng.uniform(0, 1.1 * load_s))
         else:  # after a few records
@@ -52,7 +56,7 @@ def test_killed_and_taken_up_again_leaves_the_records_of_an_undisturbed_run(
         wait_until(lambda: not vla2.workers(), 5)
     assert num_killed == NUM_KILLS
 
-    assert start(ledger).wait().code == 0
+    assert start(ledger, "--overlap", "--cache", tmp_path / "tokens").wait().code == 0
     records = read_ledger(ledger)
     assert records.keys() == expected.keys()
     for key, record in records.items():

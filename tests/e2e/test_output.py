@@ -17,7 +17,7 @@ def test_second_run_on_one_output_names_the_first_and_leaves(
     vla2, make_clips, tmp_path, read_ledger, wait_until
 ):
     folder, ledger = make_clips(24), tmp_path / "captions.jsonl"
-    first = vla2.start("caption", folder, "-o", ledger)
+    first = vla2.start("caption", folder, "-o", ledger, "--overlap", "--batch", "4")
     wait_until(lambda: read_ledger(ledger))
     first.send(signal.SIGSTOP)
     second = vla2("caption", folder, "-o", ledger, "-q")

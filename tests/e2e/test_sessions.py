@@ -13,19 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.e2e.conftest import EXAMPLES, together
+from tests.tiny import generate
 from vla2_models.builtin_design import TOWER_FOLDER
 from vla2_models.hub import BUILTIN, has_builtin
 from vla2_models.miniature import MODEL_ID
 from vla2cli import Engine
 from vla2cli.config import GenerationChoice
-from vla2cli.engines.eager import generate
 from vla2cli.features import PROMPT, VISUAL
 from vla2cli.media.frames import read_frames
 from vla2cli.preprocess import fit_frame, normalise
 from vla2cli.prompt import build_prompt
 from vla2cli.record import FIELDS
 
-COMMANDS = ("caption", "ask", "features", "models", "export", "world", "verify", "merge")
+COMMANDS = ("caption", "ask", "plan", "features", "models", "export", "world", "verify", "merge")
 # file name -> how a record spells it
 NAMES = {
     name: name for name in ("two words.mp4", "new\nline.mp4", "ünï漢字.mp4", 'it\'s "$HOME".mp4')
@@ -526,6 +526,8 @@ BAD = {
     "many frames": ("caption b.mp4 --frames 33", 2, "'--frames 33': the model takes at most 32"),
     "no number": ("caption b.mp4 --frames many", 2, "'many'"),
     "batch": ("caption b.mp4 --batch 0", 2, "'--batch 0': at least 1 is needed"),
+    "large batch": ("caption b.mp4 --batch 9999", 2, "'--batch 9999': at most 1,024"),
+    "output is input": ("caption b.mp4 -o b.mp4 --force", 2, "'b.mp4' is an input"),
     "tokens": ("caption b.mp4 --max-new-tokens 0", 2, "'--max-new-tokens 0': at least 1"),
     "temperature": ("caption b.mp4 --temperature -1", 2, "'--temperature -1.0'"),
     "top-p": ("caption b.mp4 --top-p 0.5", 2, "need '--temperature' above 0"),

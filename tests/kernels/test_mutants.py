@@ -3,10 +3,6 @@
 The unchanged source goes the same way and must pass, else a failure would prove nothing.
 """
 
-import __future__
-
-import inspect
-
 import pytest
 
 from tests.kernels.operators import (
@@ -18,6 +14,7 @@ from tests.kernels.operators import (
     depthwise_arguments,
     norm_arguments,
 )
+from tests.mutants import changed
 from vla2_kernels.jit import Kernel
 
 # nothing a power of two, a last tile that is not full, several clips and frames
@@ -124,25 +121,15 @@ MUTANTS = {
 }
 
 
-def changed(function, old, new, path):
-    """Return the function, compiled from its source with `old` replaced by `new`."""
-    source = inspect.getsource(function.function if isinstance(function, Kernel) else function)
-    assert source.count(old) == 1, f"{old!r} is in the source {source.count(old)} times"
-    path.write_text(source.replace(old, new), encoding="utf-8")
-    original = function.function if isinstance(function, Kernel) else function
-    names = dict(original.__globals__)
-    annotations = __future__.annotations.compiler_flag
-    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec", annotations), names)
-    return names[original.__name__]
-
-
 @pytest.fixture
 def run_changed(monkeypatch, tmp_path, outputs):
     """Run an operator's kernel with part of its file changed, and hold it to the definition."""
 
     def run(operator, name, old, new):
         module = operator.module
-        mutant = changed(getattr(module, name), old, new, tmp_path / f"{name}.py")
+        function = getattr(module, name)
+        plain = function.function if isinstance(function, Kernel) else function
+        mutant = changed(plain, old, new, tmp_path / f"{name}.py")
         monkeypatch.setattr(module, name, mutant)
         operator.assert_matches_definition("cuda" if HAS_GPU else "kernel", CALLS[operator])
         outputs.assert_nothing_is_written_beside()

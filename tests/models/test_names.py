@@ -10,7 +10,7 @@ from tests.goldens import spec
 from tests.tiny import tiny_engine, write_json
 from vla2_models.beats_design import read_design
 from vla2_models.config import read_audio, read_config
-from vla2_models.loading import build_empty
+from vla2_models.loading import build_empty, load_model
 from vla2_models.names import AUDIO_TOWER_PREFIX, find_places, public_name
 
 # the numbers of the language models and towers that the public checkpoints are made of
@@ -219,7 +219,7 @@ def test_a_name_of_no_part_is_refused():
 
 
 def test_names_of_a_loaded_model_begin_as_the_public_ones():
-    places = find_places(tiny_engine().model.state_dict())
+    places = find_places(load_model(tiny_engine().checkpoint).state_dict())
     tower = "model.vision_tower.vision_tower.vision_model.pre_layrnorm.weight"
     for name in (tower, "model.mm_projector.sampler.0.bias", "model.norm.weight", "lm_head.weight"):
         assert name in places

@@ -1,15 +1,20 @@
+import functools
+import subprocess
+import sys
+import weakref
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
-from tests.tiny import tiny_av_engine
+from tests.tiny import tiny_av_engine, tiny_language_model
 from vla2_models import packed
 from vla2_models.beats import BEATs
 from vla2_models.connectors import PROJECTOR_TYPES, build_connector
 from vla2_models.miniature import AUDIO_TOWER
-from vla2_models.packed import PackedLinear, attend, can_pack, pack, pack_front
+from vla2_models.packed import PackedLinear, attend, can_pack, pack, pack_front, pack_in_place
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -121,3 +126,72 @@ def test_only_the_cpu_and_its_own_dtypes_are_packed():
 def test_bfloat16_is_packed_only_where_the_processor_has_it(monkeypatch, has_it):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_it)
     assert can_pack(CPU, torch.bfloat16) == has_it
+
+
+# in place
+
+
+@functools.cache
+def language_logits(family, **changes):
+    model = tiny_language_model(family, **changes)
+    ids = torch.randint(97, (2, 13), generator=torch.Generator().manual_seed(0))
+    plain = model(ids).logits
+    pack_in_place(model)
+    return model, plain, model(ids).logits
+
+
+@pytest.mark.parametrize("family", ["mistral", "mixtral", "qwen2"])
+def test_language_model_packed_in_place_says_the_same(family):
+    model, plain, packed_logits = language_logits(family)
+    torch.testing.assert_close(packed_logits, plain, atol=1e-5, rtol=0)
+    assert not any(type(module) is nn.Linear for module in model.modules())
+    assert any(type(module) is PackedLinear for module in model.modules())
+
+
+def test_tied_head_is_packed_and_the_embedding_stays():
+    model, plain, packed_logits = language_logits("qwen2", tie_word_embeddings=True)
+    torch.testing.assert_close(packed_logits, plain, atol=1e-5, rtol=0)
+    assert type(model.lm_head) is PackedLinear
+    assert model.get_input_embeddings().weight.shape == (97, 64)
+    assert model.device == CPU
+
+
+def test_packing_in_place_lets_each_weight_go_before_the_next():
+    class Layer(nn.Linear):
+        """Not exactly a linear layer: left as it is."""
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 4)]), Layer(4, 4))
+    weights = [weakref.ref(model[0].weight), weakref.ref(model[1][0].weight)]
+    pack_in_place(model)
+    assert [weight() for weight in weights] == [None, None]
+    assert type(model[2]) is Layer
+
+
+WEIGHT_MIB = 32
+PACKING = """
+from pathlib import Path
+import torch
+from torch import nn
+from vla2_models.packed import pack_in_place
+
+torch.set_num_threads(1)
+model = nn.Sequential(*(nn.Linear(2048, 4096, bias=False) for _ in range(8)))
+def used_mib():
+    fields = Path("/proc/self/status").read_text()
+    return int(fields.partition("VmHWM:")[2].split()[0]) / 1024
+pack_in_place(nn.Linear(8, 8))
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+before = used_mib()
+with torch.inference_mode():
+    pack_in_place(model)
+print(used_mib() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_packing_in_place_holds_few_weights_twice():
+    done = subprocess.run(
+        [sys.executable, "-c", PACKING], capture_output=True, text=True, timeout=120, check=True
+    )
+    # eight weights; one of them is there twice, and one more while it is laid out
+    assert float(done.stdout) < 3 * WEIGHT_MIB

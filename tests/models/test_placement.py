@@ -6,10 +6,9 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 
-from tests.tiny import FAMILIES, load_tiny, tiny_language_model, write_tiny
+from tests.tiny import FAMILIES, generate, load_tiny, tiny_language_model, write_tiny
 from vla2_models.placement import Placement, plan_placement
 from vla2cli.config import GenerationSettings
-from vla2cli.engines.eager import generate
 
 PARTS = (
     "model.embed_tokens",

@@ -6,12 +6,11 @@ import pytest
 import torch
 from transformers import MistralConfig
 
-from tests.tiny import FAMILIES, load_tiny, tiny_language_model, write_tiny
+from tests.tiny import FAMILIES, generate, load_tiny, tiny_language_model, write_tiny
 from vla2_models import quantize as module
 from vla2_models.errors import CheckpointError
 from vla2_models.quantize import QUANTIZATIONS, check_quantization, quantize_layer
 from vla2cli.config import GenerationSettings
-from vla2cli.engines.eager import generate
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"

@@ -14,14 +14,13 @@ from tests.sounds import tone, write_movie, write_wav
 from tests.tiny import change_json, tiny_av_engine, tiny_engine, tiny_hub, write_tiny
 from vla2_models.sound import SoundWindow
 from vla2cli import cache as module
-from vla2cli.cache import Encoded, TokenCache, encoder_of, entry_key
+from vla2cli.cache import Encoded, TokenCache, encoder_of, entry_key, parse_size
 from vla2cli.config import GenerationChoice
 from vla2cli.engine import Ask, Engine, MediaTokens
 from vla2cli.errors import UsageError
 from vla2cli.inputs import Item
 from vla2cli.media.pool import DecodePool
 from vla2cli.media.records import Clip, ClipRequest, FileState, Sound, SoundRequest
-from vla2cli.options import parse_size
 from vla2cli.plan import Sampling
 from vla2cli.preprocess import FrameGeometry
 from vla2cli.record import clip_fields

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import tiny_engine, tiny_language_model
+from tests.tiny import score, tiny_engine, tiny_language_model
 from vla2cli import ask
 from vla2cli.config import GenerationChoice
 from vla2cli.engine import Ask
-from vla2cli.engines.scoring import choose, score
+from vla2cli.engines.scoring import choose
 from vla2cli.errors import UsageError
 from vla2cli.plan import parse_choices
 from vla2cli.prompt import Turn, continue_prompt

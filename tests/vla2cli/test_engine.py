@@ -3,7 +3,6 @@ import shutil
 
 import pytest
 import torch
-from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 
 from tests.goldens import (
     RUNS,
@@ -15,7 +14,7 @@ from tests.goldens import (
     tensors_of,
 )
 from tests.tiny import change_json, open_tiny, tiny_engine, tower_of, write_tiny
-from vla2cli.config import GenerationChoice, GenerationSettings
+from vla2cli.config import GenerationChoice
 from vla2cli.engine import (
     Ask,
     Engine,
@@ -26,8 +25,7 @@ from vla2cli.engine import (
     pick_dtype,
     read_geometry,
 )
-from vla2cli.engines import eager
-from vla2cli.engines.eager import Generation, generate, left_pad
+from vla2cli.engines.base import Generation
 from vla2cli.errors import ModelError, UsageError
 from vla2cli.prompt import Turn
 
@@ -61,22 +59,6 @@ def golden_ask(case, run):
 def golden_settings(case, run):
     length = runs_of(case)[run]["max_new_tokens"]
     return golden_engine(case).settings(GenerationChoice(max_new_tokens=length))
-
-
-def tiny_embeds():
-    """Prompts of seven lengths, spliced."""
-    engine = tiny_engine()
-    prompts = [engine.prompt(Ask(question, "text")) for question in QUESTIONS]
-    return [engine.embed(prompt, MediaTokens()) for prompt in prompts]
-
-
-def ids_of(generations):
-    return [generation.ids for generation in generations]
-
-
-def greedy(embeds, **changes):
-    settings = GenerationSettings(eos_token_ids=(2,), max_new_tokens=16, **changes)
-    return generate(tiny_engine().model.language_model, embeds, settings, [0] * len(embeds))
 
 
 @pytest.mark.parametrize(("case", "run"), RUNS, ids=["-".join(run) for run in RUNS])
@@ -127,48 +109,6 @@ def test_ragged_batch_gives_the_references_ids():
         assert list(answer.generation.ids) == tensors_of(CASE, run)["generated_ids"].tolist()
 
 
-def test_row_does_not_depend_on_the_others_of_its_batch():
-    embeds = tiny_embeds()
-    assert len({len(row) for row in embeds}) == len(embeds)
-    together = greedy(embeds)
-    alone = [greedy([row])[0] for row in embeds]
-    assert ids_of(together) == ids_of(alone)
-    for one, other in zip(together, alone, strict=True):
-        torch.testing.assert_close(one.first_logits, other.first_logits, atol=2e-4, rtol=0)
-        assert one.logprob_mean == pytest.approx(other.logprob_mean, abs=1e-4)
-        assert one.finish_reason == other.finish_reason
-
-
-def right_pad(inputs_embeds):
-    embeds, mask = left_pad(inputs_embeds)
-    for i, row in enumerate(inputs_embeds):
-        shift = embeds.shape[1] - len(row)
-        embeds[i], mask[i] = embeds[i].roll(-shift, 0), mask[i].roll(-shift, 0)
-    return embeds, mask
-
-
-def left_pad_without_mask(inputs_embeds):
-    embeds, mask = left_pad(inputs_embeds)
-    return embeds, torch.ones_like(mask)
-
-
-@pytest.mark.parametrize("variant", [right_pad, left_pad_without_mask])
-def test_another_padding_would_be_noticed(monkeypatch, variant):
-    embeds = tiny_embeds()
-    right = greedy(embeds)
-    monkeypatch.setattr(eager, "left_pad", variant)
-    wrong = greedy(embeds)
-    longest = max(range(len(embeds)), key=lambda i: len(embeds[i]))
-    differ = [a.ids != b.ids for a, b in zip(right, wrong, strict=True)]
-    assert differ == [i != longest for i in range(len(embeds))]
-
-
-def test_left_pad_keeps_the_rows_at_the_end():
-    embeds, mask = left_pad([torch.full((1, 2), 5.0), torch.full((3, 2), 7.0)])
-    assert embeds[..., 0].tolist() == [[0, 0, 5], [7, 7, 7]]
-    assert mask.tolist() == [[0, 0, 1], [1, 1, 1]]
-
-
 @pytest.mark.parametrize("batch", [1, 3, 7])
 def test_sampled_text_does_not_depend_on_the_batch(batch):
     engine = tiny_engine()
@@ -195,161 +135,17 @@ def test_seed_decides_what_is_drawn():
     assert first == again != other
 
 
-def test_sampling_leaves_the_global_generator_alone():
-    state = torch.random.get_rng_state()
-    greedy(tiny_embeds()[:2], temperature=1.0)
-    assert torch.equal(torch.random.get_rng_state(), state)
-
-
-def by_transformers(embeds, **fields):
-    """The ids that transformers' own `generate` gives for one prompt."""
-    model = tiny_engine().model.language_model
-    config = GenerationConfig(
-        do_sample=False, max_new_tokens=16, eos_token_id=2, pad_token_id=2, **fields
-    )
-    mask = torch.ones(1, len(embeds), dtype=torch.long)
-    with torch.inference_mode():
-        ids = model.generate(
-            inputs_embeds=embeds[None], attention_mask=mask, generation_config=config
-        )
-    return tuple(ids[0].tolist())
-
-
-@pytest.mark.filterwarnings("ignore")  # transformers' remark on a penalty without prompt ids
-@pytest.mark.parametrize("penalty", [1.0, 1.05, 1.3])
-def test_greedy_ids_equal_those_of_transformers(penalty):
-    embeds = tiny_embeds()
-    got = ids_of(greedy(embeds, repetition_penalty=penalty))
-    assert got == [by_transformers(row, repetition_penalty=penalty) for row in embeds]
-
-
-@pytest.mark.parametrize(
-    ("logits", "penalty", "ids"),
-    [
-        ([4.0, 3.0, 0.0], 1.0, (0, 0, 0, 0)),
-        # 4 becomes 2.7, then 3 becomes 2
-        ([4.0, 3.0, 0.0], 1.5, (0, 1, 0, 0)),
-        # -1 becomes -3, then -2 becomes -6
-        ([-1.0, -2.0, -9.0], 3.0, (0, 1, 0, 0)),
-        # below 1 the rule turns round
-        ([4.0, 3.0, 0.0], 0.5, (0, 0, 0, 0)),
-    ],
-    ids=["none", "positive", "negative", "reward"],
-)
-def test_repetition_penalty_follows_its_formula(logits, penalty, ids):
-    """Logits of ids that were said: divided where positive, multiplied where negative."""
-    settings = GenerationSettings(
-        eos_token_ids=(), max_new_tokens=len(ids), repetition_penalty=penalty
-    )
-    model = constant_model(torch.tensor(logits))
-    assert generate(model, [torch.zeros(1, 8)], settings, [0])[0].ids == ids
-
-
-def test_penalty_of_the_checkpoint_is_applied():
-    plain, penalised = greedy(tiny_embeds()), greedy(tiny_embeds(), repetition_penalty=1.3)
-    assert ids_of(plain) != ids_of(penalised)
-
-
-def constant_model(logits):
-    """A language model that gives the same logits everywhere: its head is a bias alone."""
-    config = MistralConfig(
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=len(logits),
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-        sliding_window=None,
-    )
-    model = MistralForCausalLM(config).eval()
-    model.lm_head = torch.nn.Linear(8, len(logits))
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-        model.lm_head.bias.copy_(logits)
-    return model
-
-
-PROBABILITIES = torch.tensor([0.4, 0.3, 0.2, 0.1])
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"temperature": 1.0}, [0.4, 0.3, 0.2, 0.1]),
-        # p ** 2, scaled to 1
-        ({"temperature": 0.5}, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
-        ({"temperature": 1.0, "top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
-        # the least set that holds 0.75
-        ({"temperature": 1.0, "top_p": 0.75}, [4 / 9, 3 / 9, 2 / 9, 0]),
-        ({"temperature": 1.0, "top_k": 3, "top_p": 0.5}, [4 / 7, 3 / 7, 0, 0]),
-        ({"temperature": 0.5, "top_p": 0.5}, [1.0, 0, 0, 0]),
-    ],
-    ids=["plain", "temperature", "top_k", "top_p", "both", "temperature_first"],
-)
-def test_draws_follow_the_distribution(changes, expected):
-    num_rows = 4000
-    settings = GenerationSettings(eos_token_ids=(), max_new_tokens=1, **changes)
-    embeds = [torch.zeros(1, 8)] * num_rows
-    rows = generate(constant_model(PROBABILITIES.log()), embeds, settings, range(num_rows))
-    counts = torch.bincount(torch.tensor([row.ids[0] for row in rows]), minlength=4)
-    expected = torch.tensor(expected)
-    # four deviations of a share among 4000 draws
-    torch.testing.assert_close(counts / num_rows, expected, atol=4 * 0.5 / num_rows**0.5, rtol=0)
-    assert not counts[expected == 0].any()
-
-
-@pytest.mark.parametrize("ends", [(3,), (1, 3)], ids=["one", "list"])
-def test_every_end_id_ends_the_text(ends):
-    logits = torch.tensor([0.0, 1.0, 2.0, 9.0])
-    settings = GenerationSettings(eos_token_ids=ends, max_new_tokens=5)
-    (row,) = generate(constant_model(logits), [torch.zeros(2, 8)], settings, [0])
-    assert (row.ids, row.finish_reason) == ((3,), "stop")
-
-
-def test_text_is_cut_at_its_longest():
-    settings = GenerationSettings(eos_token_ids=(0,), max_new_tokens=5)
-    logits = torch.tensor([0.0, 1.0])
-    (row,) = generate(constant_model(logits), [torch.zeros(2, 8)], settings, [0])
-    assert (row.ids, row.finish_reason) == ((1,) * 5, "length")
-    assert row.logprob_mean == pytest.approx(logits.log_softmax(-1)[1].item(), abs=1e-6)
-
-
-def test_rows_end_by_themselves():
-    # an id that some rows say sooner, and some never, becomes the end
-    embeds = tiny_embeds()
-    plain = ids_of(greedy(embeds))
-    end = plain[0][3]
-    settings = GenerationSettings(eos_token_ids=(end,), max_new_tokens=16)
-    rows = generate(tiny_engine().model.language_model, embeds, settings, [0] * len(embeds))
-    for row, ids in zip(rows, plain, strict=True):
-        length = ids.index(end) + 1 if end in ids else 16
-        assert row.ids == ids[:length]
-        assert row.finish_reason == ("stop" if end in ids else "length")
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
 def test_weights_that_are_not_finite_are_flagged(tmp_path, value, temperature):
     folder = write_tiny(tmp_path)
     engine = Engine(open_tiny(folder), device="cpu", dtype="float32")
-    engine.model.language_model.lm_head.weight[7] = value
+    engine.model.language_model.model.norm.weight[7] = value
     settings = engine.settings(GenerationChoice(max_new_tokens=4, temperature=temperature))
     (answer,) = engine.answer([Ask("what happens?", "text")], settings)
     assert answer.flags == ("empty", "not-finite")
     assert answer.text == ""
     assert (answer.generation.ids, answer.generation.logprob_mean) == ((), None)
-
-
-def test_row_that_is_not_finite_leaves_the_others_alone():
-    embeds = tiny_embeds()
-    plain = ids_of(greedy(embeds))
-    embeds[2] = embeds[2] * float("nan")
-    rows = greedy(embeds)
-    assert [row.is_finite for row in rows] == [i != 2 for i in range(len(rows))]
-    assert [row.ids for i, row in enumerate(rows) if i != 2] == plain[:2] + plain[3:]
 
 
 @pytest.mark.parametrize(
@@ -375,7 +171,8 @@ def test_repeating_end_is_found(ids, expected):
 
 
 def generation(ids, reason="length", is_finite=True):
-    return Generation(tuple(ids), reason, -1.0, is_finite, torch.zeros(1), 0.0, 0.0)
+    logprobs = (-1.0,) * len(ids)
+    return Generation(tuple(ids), logprobs, reason, is_finite, torch.zeros(1), 0.0, 0.0)
 
 
 @pytest.mark.parametrize(

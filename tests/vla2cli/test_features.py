@@ -1,6 +1,7 @@
 """Tensors as files: one place for each key, whole or not there."""
 
 import shutil
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,9 +20,13 @@ from vla2cli.features import (
     VISUAL,
     check_tensors,
     parse_tensors,
+    run_features,
 )
+from vla2cli.inputs import find_items
+from vla2cli.jobs import Job
 from vla2cli.ledger import read_records
-from vla2cli.plan import Sampling
+from vla2cli.media.pool import DecodePool
+from vla2cli.plan import Sampling, Task
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -87,6 +92,19 @@ def test_settings_of_generation_do_not_matter_where_nothing_is_generated(clip, t
     assert load_file(folder / record["file"])["generated_ids"].shape == (9,)
     ids["generation"] = GenerationChoice(max_new_tokens=4)
     assert len(list(features(clip, engine, folder, **ids))) == 1
+
+
+def test_time_of_a_run_begins_with_its_files(clip, tmp_path):
+    engine = tiny_engine()
+    with DecodePool(1) as pool:
+        settings = engine.settings(GenerationChoice())
+        job = Job(engine, Task("features"), Sampling(8), settings, pool)
+        works = job.plan(find_items([str(clip)]).items).todo
+        time.sleep(1)
+        began = time.monotonic()
+        (record,) = run_features(job, works, tmp_path / "out", ("frame_indices",))
+        assert job.stats.elapsed_s <= time.monotonic() - began
+    assert record["file"] == "01.mp4.safetensors"
 
 
 def test_name_as_long_as_a_file_system_takes_gets_a_file(clip, tmp_path):

@@ -34,6 +34,7 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
         ["caption", "--help"],
         ["ask", "-h"],
         ["features", "-h"],
+        ["plan", "-h"],
         ["bench", "--help"],
         ["export", "-h"],
         ["train", "-h"],

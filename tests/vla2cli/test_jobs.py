@@ -1,8 +1,13 @@
 """A batch: what is left to do, bounded look-ahead, one record each, whatever the batch."""
 
 import hashlib
+import itertools
 import os
 import shutil
+import signal
+import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +15,12 @@ import pytest
 
 from tests.tiny import tiny_engine, tiny_hub, write_tiny
 from vla2_models.sound import SoundWindow
+from vla2cli.cache import TokenCache
 from vla2cli.config import GenerationChoice
 from vla2cli.engine import Engine
-from vla2cli.errors import InputError, ModelError, NoInputError, UsageError
+from vla2cli.errors import InputError, LedgerError, ModelError, NoInputError, UsageError
 from vla2cli.inputs import Item, find_items
-from vla2cli.jobs import Job, Totals, decode_ahead, in_parts
+from vla2cli.jobs import Job, Totals, decode_ahead
 from vla2cli.ledger import Ledger, read_records
 from vla2cli.media.pool import DecodePool
 from vla2cli.plan import (
@@ -55,10 +61,12 @@ def clips(tmp_path):
     return folder
 
 
-def make_job(pool, ledger=None, *, engine=None, task=CAPTION, choice=GREEDY, num_frames=8, batch=1):
+def make_job(
+    pool, ledger=None, *, engine=None, task=CAPTION, choice=GREEDY, num_frames=8, **options
+):
     engine = engine or tiny_engine()
     settings = engine.settings(choice)
-    return Job(engine, task, Sampling(num_frames), settings, pool, ledger, batch=batch)
+    return Job(engine, task, Sampling(num_frames), settings, pool, ledger, **options)
 
 
 def run(job, folder, **kwargs):
@@ -173,10 +181,10 @@ def test_failed_turn_leaves_the_same_question_asked_alone_untouched(pool, clips,
     class Deaf(Engine):
         """Fails at a question that comes first in a conversation."""
 
-        def answer(self, asks, settings):
-            if any(ask.question == "A?" for ask in asks):
+        def ask(self, ask, settings, **more):
+            if ask.question == "A?":
                 raise RuntimeError("out of order")
-            return super().answer(asks, settings)
+            return super().ask(ask, settings, **more)
 
     engine = Deaf(tiny_engine().checkpoint, device="cpu")
     alone, after = Task("ask", (("B?",),)), Task("ask", (("A?", "B?", "C?"),))
@@ -200,13 +208,14 @@ def test_file_of_another_folder_does_not_take_the_place_of_its_namesake(pool, tm
 
 
 def test_stop_is_heard_between_two_questions_of_one_clip(pool, clips):
-    many = Task("ask", tuple((f"What is {i}?",) for i in range(6)))
+    many = Task("ask", tuple((f"What is {i}?",) for i in range(20)))
     job = make_job(pool, task=many)
     items = find_items([str(clips / "01.mp4")]).items
     seen = []
     for record in job.run(job.plan(items).todo, should_stop=lambda: len(seen) >= 2):
         seen.append(record)
-    assert len(seen) == 2
+    # those in hand are finished: one that waits to be taken, one that is answered, and the next
+    assert 2 <= len(seen) <= 5
 
 
 # the same texts, whatever the batch
@@ -223,12 +232,12 @@ def texts(job, paths):
 
 @pytest.mark.parametrize("choice", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("task", [CAPTION, QUESTIONS], ids=["caption", "ask"])
-def test_batch_changes_no_text(pool, task, choice):
-    single = texts(make_job(pool, task=task, choice=choice), [EXAMPLES])
+def test_neither_batch_nor_overlap_changes_a_text(pool, task, choice):
+    single = texts(make_job(pool, task=task, choice=choice, overlap=False), [EXAMPLES])
     assert len(single) == 9 * (1 if task is CAPTION else 4)
-    for batch in (3, 8):
-        batched = texts(make_job(pool, task=task, choice=choice, batch=batch), [EXAMPLES])
-        assert batched == single
+    for batch, overlap in ((1, True), (3, True), (8, True), (8, False)):
+        job = make_job(pool, task=task, choice=choice, batch=batch, overlap=overlap)
+        assert texts(job, [EXAMPLES]) == single
 
 
 def test_sampling_depends_on_the_seed_and_on_no_neighbour(pool):
@@ -278,49 +287,205 @@ def test_every_record_is_in_the_ledger_before_it_is_yielded(pool, clips, tmp_pat
             assert written[-1] == record
 
 
-def test_run_that_is_asked_to_stop_ends_after_the_batch_in_hand(pool):
-    job = make_job(pool, batch=2)
+def test_run_that_is_asked_to_stop_ends_after_the_records_in_hand(pool):
+    job = make_job(pool, batch=1)
     works = job.plan(find_items([str(EXAMPLES)]).items).todo
     records = []
     for record in job.run(works, should_stop=lambda: len(records) >= 1):
         records.append(record)
-    assert len(records) == 2
+    assert 1 <= len(records) < len(works)
 
 
-def test_in_parts_costs_one_row_one_error():
-    def double(rows):
-        if 3 in rows:
-            raise RuntimeError("three\nis odd")
-        return [2 * row for row in rows]
-
-    results = in_parts(double, [1, 2, 3, 4], "encode")
-    assert [r for r in results if not isinstance(r, InputError)] == [2, 4, 8]
-    failure = results[2]
-    assert (failure.kind, failure.stage) == ("failed", "encode")
-    assert str(failure) == "unexpected RuntimeError: three is odd"
+# stages that work at the same time
 
 
-def test_in_parts_tries_a_batch_that_is_too_large_row_by_row():
-    def double(rows):
-        if len(rows) > 1:
-            raise MemoryError
-        return [2 * row for row in rows]
-
-    assert in_parts(double, [1, 2, 3], "generate") == [2, 4, 6]
-
-    def never(rows):
-        raise MemoryError
-
-    (failure,) = in_parts(never, [1], "generate")
-    assert failure.kind == "out-of-memory"
+def stages():
+    return [t.name for t in threading.enumerate() if t.name in ("encode", "ask")]
 
 
-def test_in_parts_lets_what_concerns_the_whole_run_through():
-    def refuse(rows):
-        raise ModelError("the weights are gone")
+@pytest.mark.parametrize("overlap", [None, True, False], ids=["default", "on", "off"])
+def test_stages_have_threads_of_their_own_unless_overlap_is_off(pool, overlap):
+    job = make_job(pool) if overlap is None else make_job(pool, overlap=overlap)
+    seen = [sorted(stages()) for _ in job.run(job.plan(find_items([str(EXAMPLES)]).items).todo)]
+    assert seen[0] == ([] if overlap is False else ["ask", "encode"])
+    assert stages() == []
 
-    with pytest.raises(ModelError):
-        in_parts(refuse, [1, 2], "encode")
+
+@pytest.mark.parametrize("num_taken", [0, 1, 4])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_run_that_is_left_early_leaves_no_thread_and_a_whole_ledger(
+    pool, tmp_path, batch, num_taken
+):
+    path = tmp_path / "ledger.jsonl"
+    with Ledger.open(path) as ledger:
+        job = make_job(pool, ledger, task=QUESTIONS, batch=batch)
+        records = job.run(job.plan(find_items([str(EXAMPLES)]).items).todo)
+        taken = list(itertools.islice(records, num_taken))
+        records.close()
+        assert stages() == []
+        assert [record for _, record, _ in read_records(path)] == taken
+    with Ledger.open(path) as ledger:
+        run(make_job(pool, ledger, task=QUESTIONS, batch=8), EXAMPLES)
+        assert run(make_job(pool, ledger, task=QUESTIONS), EXAMPLES) == (0, 36, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="stops a process")
+@pytest.mark.parametrize("overlap", [True, False])
+def test_run_that_is_left_early_waits_for_no_file(overlap):
+    with DecodePool(1) as pool:
+        job = make_job(pool, overlap=overlap)
+        records = job.run(job.plan(find_items([str(EXAMPLES)]).items).todo)
+        next(records)
+        (pid,) = pool.worker_pids()
+        os.kill(pid, signal.SIGSTOP)
+        started = time.monotonic()
+        records.close()
+        assert time.monotonic() - started < 10  # of 60 s that a file may take
+        assert stages() == []
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("stage", ["encode", "language_engine", "read"])
+def test_error_of_the_model_ends_the_run_with_that_error(pool, tmp_path, stage, overlap):
+    num_left = 0 if stage == "language_engine" else 3
+
+    class Broken(Engine):
+        """Its weights go when it has done some of it."""
+
+    def fail(self, *args, **kwargs):
+        nonlocal num_left
+        num_left -= 1
+        if num_left < 0:
+            raise ModelError("the weights are gone")
+        return getattr(super(Broken, self), stage)(*args, **kwargs)
+
+    setattr(Broken, stage, fail)
+    engine = Broken(tiny_engine().checkpoint, device="cpu")
+    path = tmp_path / "ledger.jsonl"
+    with Ledger.open(path) as ledger:
+        job = make_job(pool, ledger, engine=engine, overlap=overlap)
+        works = job.plan(find_items([str(EXAMPLES)]).items).todo
+        with pytest.raises(ModelError, match="the weights are gone"):
+            list(job.run(works))
+        assert stages() == []
+        assert len(list(read_records(path))) <= 3
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_ledger_that_cannot_be_written_ends_the_run(pool, overlap):
+    class Full:
+        def append(self, record):
+            raise LedgerError("no space left on device")
+
+    job = make_job(pool, Full(), overlap=overlap)
+    works = make_job(pool).plan(find_items([str(EXAMPLES)]).items).todo
+    with pytest.raises(LedgerError):
+        list(job.run(works))
+    assert stages() == []
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_bad_files_among_good_ones_cost_their_records_alone(pool, tmp_path, overlap):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for i in range(12):
+        shutil.copy(EXAMPLES / "05.mp4", folder / f"{i:02}.mp4")
+        (folder / f"{i:02}-bad.mp4").write_text("no video")
+    job = make_job(pool, task=QUESTIONS, batch=8, overlap=overlap)
+    records = list(job.run(job.plan(find_items([str(folder)]).items).todo))
+    assert len(records) == 24 * 4
+    assert all(("error" in record) == ("bad" in record["id"]) for record in records)
+    good = [record for record in records if "text" in record]
+    # the same clip, so the same text to each of the four questions
+    assert len({(record["question"], record["text"]) for record in good}) == 4
+
+
+def test_clip_that_cannot_be_encoded_costs_one_record(pool):
+    class Blind(Engine):
+        """Fails at a batch with a picture in it."""
+
+        def encode(self, clips):
+            if any(clip.kind == "image" for clip in clips):
+                raise RuntimeError("no pictures")
+            return super().encode(clips)
+
+    engine = Blind(tiny_engine().checkpoint, device="cpu")
+    job = make_job(pool, engine=engine, batch=4)
+    records = list(job.run(job.plan(find_items([str(EXAMPLES)]).items).todo))
+    failed = {record["id"]: record["error"] for record in records if "error" in record}
+    assert len(records) == 9
+    assert set(failed) == {path.name for path in EXAMPLES.glob("*.png")}
+    assert {error["stage"] for error in failed.values()} == {"encode"}
+
+
+# clips that were encoded before
+
+
+def run_cached(pool, folder, cache, **options):
+    """Run over a folder; return its texts and what was counted."""
+    job = make_job(pool, cache=cache, **options)
+    return texts(job, [folder]), job.stats.counts
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_second_run_decodes_and_encodes_nothing_and_says_the_same(tmp_path, overlap):
+    cache = TokenCache.open(tmp_path / "tokens", 10**9)
+    with DecodePool(3) as pool:
+        plain, _ = run_cached(pool, EXAMPLES, None, task=QUESTIONS, batch=3)
+        options = {"task": QUESTIONS, "batch": 3, "overlap": overlap}
+        first, counts = run_cached(pool, EXAMPLES, cache, **options)
+        assert (counts["decoded"], counts["encoded"], counts["recalled"]) == (9, 9, 0)
+        again, counts = run_cached(pool, EXAMPLES, cache, **options)
+        assert (counts["decoded"], counts["encoded"], counts["recalled"]) == (0, 0, 9)
+        assert again == first == plain
+        caption, counts = run_cached(pool, EXAMPLES, cache)  # of the same clips
+        assert (counts["decoded"], counts["recalled"]) == (0, 9)
+        assert caption == run_cached(pool, EXAMPLES, None)[0]
+
+
+def test_other_frames_of_a_clip_are_another_entry(pool, clips, tmp_path):
+    cache = TokenCache.open(tmp_path / "tokens", 10**9)
+    run_cached(pool, clips, cache)
+    _, counts = run_cached(pool, clips, cache, num_frames=4)
+    assert (counts["decoded"], counts["recalled"]) == (3, 0)
+
+
+def test_file_that_changes_while_it_is_read_is_not_kept(pool, clips, tmp_path):
+    class Late(TokenCache):
+        """The file that is asked about changes after it was hashed."""
+
+        def get(self, key, state):
+            with (clips / "01.mp4").open("ab") as file:
+                file.write(b"more")
+            return super().get(key, state)
+
+    for name in ("05.mp4", "09.png"):
+        (clips / name).unlink()
+    folder = tmp_path / "tokens"
+    _, counts = run_cached(pool, clips, Late.open(folder, 10**9))
+    assert (counts["decoded"], counts["encoded"]) == (1, 1)
+    assert not [path for path in folder.rglob("*") if path.stat().st_size > 1000]
+    for recalled in (0, 1):
+        _, counts = run_cached(pool, clips, TokenCache.open(folder, 10**9))
+        assert counts["recalled"] == recalled
+
+
+def test_changed_file_is_not_taken_for_what_it_was(pool, clips, tmp_path):
+    cache = TokenCache.open(tmp_path / "tokens", 10**9)
+    before, _ = run_cached(pool, clips, cache)
+    shutil.copy(EXAMPLES / "02.mp4", clips / "01.mp4")
+    after, counts = run_cached(pool, clips, cache)
+    assert (counts["decoded"], counts["recalled"]) == (1, 2)
+    assert after == run_cached(pool, clips, None)[0] != before
+
+
+def test_bad_file_is_an_error_with_a_cache_too(pool, clips, tmp_path):
+    (clips / "bad.mp4").write_text("no video")
+    cache = TokenCache.open(tmp_path / "tokens", 10**9)
+    for _ in range(2):
+        job = make_job(pool, cache=cache)
+        records = list(job.run(job.plan(find_items([str(clips)]).items).todo))
+        assert [r["id"] for r in records if "error" in r] == ["bad.mp4"]
 
 
 # decoding ahead
@@ -341,14 +506,14 @@ def test_decode_ahead_holds_few_clips_and_yields_all(pool, batch):
     seen = []
     for outcomes in decode_ahead(
         works(),
-        pool,
-        lambda item: Sampling(2).request(item, geometry, None),
+        lambda item: pool.submit(Sampling(2).request(item, geometry, None)),
         batch=batch,
+        lookahead=batch + 4,
         should_stop=lambda: False,
     ):
         assert 1 <= len(outcomes) <= batch
         seen += [work.item.id for work, clip in outcomes if len(clip.frames) == 2]
-        assert taken - len(seen) <= batch + 2 * pool.num_workers
+        assert taken - len(seen) <= batch + 4
     assert sorted(seen, key=int) == [str(i) for i in range(30)]
 
 
@@ -415,6 +580,7 @@ class _Counting:
     """A pool that remembers what it was to hash."""
 
     def __init__(self, pool):
+        self.num_workers = pool.num_workers
         self.pool, self.hashed = pool, []
 
     def submit_hash(self, path):

@@ -360,7 +360,7 @@ def test_a_second_run_asks_only_what_is_new(write, tmp_path):
     def run(*entries):
         path = write(*entries)
         found = ask_manifest(path, tiny_engine(), generation=SHORT, output=ledger)
-        return [(record["id"], record["question"]) for record in found]
+        return sorted((record["id"], record["question"]) for record in found)
 
     chosen = {**GOOD, "question": "Which way?", "choices": SIDES}
     assert run(GOOD, chosen) == [("a.mp4", "What moves?"), ("a.mp4", "Which way?")]

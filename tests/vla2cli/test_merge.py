@@ -109,15 +109,39 @@ def test_error_that_came_after_a_text_in_one_ledger_is_its_last_word(paths):
     assert read(c) == [failure("x")]
 
 
-def test_two_errors_give_way_to_the_text_of_a_third(paths, tmp_path):
+@pytest.mark.parametrize("is_swapped", [False, True])
+def test_of_two_errors_the_later_input_has_the_last_word(paths, tmp_path, is_swapped):
     a, b, c = paths
     write(a, failure("x", "one"))
-    write(b, failure("x", "two"))
-    with pytest.raises(LedgerError, match="which differ in error;"):
-        merge_ledgers([a, b], c)
+    write(b, failure("x", "two", sha256="2"))
+    inputs = [b, a] if is_swapped else [a, b]
+    merged = merge_ledgers(inputs, c)
+    assert read(c) == read(inputs[-1])
+    assert (merged.records, merged.errors) == (1, 1)
     third = write(tmp_path / "third.jsonl", record("x"))
-    merge_ledgers([a, b, third], c)
+    merge_ledgers([a, third, b], c, force=True)
     assert read(c) == [record("x")]
+
+
+def test_choices_are_the_same_when_their_texts_are(paths, vla2):
+    a, b, c = paths
+
+    def chosen(text, probability):
+        shares = {"left": probability, "right": 1 - probability}
+        choice = {"text": text, "probability": shares[text], "all": shares}
+        return record("x", "left", choice=choice)
+
+    write(a, chosen("left", 0.75))
+    write(b, chosen("left", 0.75 + 2**-50))
+    merge_ledgers([a, b], c)
+    assert read(c) == read(a)
+    write(b, chosen("right", 0.25))
+    code, _, err = vla2("merge", a, b, "-o", c, "--force")
+    assert code == 1
+    assert "which differ in choice;" in err
+    write(b, record("x", "left", choice=None))
+    with pytest.raises(LedgerError, match="which differ in choice;"):
+        merge_ledgers([a, b], c, force=True)
 
 
 def test_key_is_that_of_the_ledger(paths):

@@ -12,8 +12,12 @@ from vla2cli.api import features
 from vla2cli.config import GenerationChoice
 from vla2cli.errors import UsageError
 from vla2cli.inputs import Item
+from vla2cli.jobs import Job
+from vla2cli.ledger import Ledger
 from vla2cli.media.pool import DecodePool
+from vla2cli.plan import Task
 from vla2cli.segments import cut_items
+from vla2cli.verify import verify
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHORT = GenerationChoice(max_new_tokens=4)
@@ -38,7 +42,7 @@ def movie(tmp_path_factory):
 
 
 def ends(pool, item, every_s, *range_s, **sampling):
-    cut = cut_items([item], Sampling(8, *range_s, every_s=every_s, **sampling), pool)
+    cut, _ = cut_items([item], Sampling(8, *range_s, every_s=every_s, **sampling), pool)
     assert {(part.id, part.path, part.kind) for part in cut} == {(item.id, item.path, item.kind)}
     return [(part.start_s, part.end_s) for part in cut]
 
@@ -105,6 +109,32 @@ def test_what_cannot_be_read_stays_one_item_and_becomes_one_error(pool, movie, t
         ("good.mp4", "{'start_s': 0.0, 'end_s': 4.0}", None),
         ("good.mp4", "{'start_s': 4.0, 'end_s': 7.2}", None),
     }
+
+
+def test_file_that_could_not_be_measured_is_an_error_even_if_it_could_be_decoded(
+    pool, movie, tmp_path
+):
+    path, ledger_path = tmp_path / "late.mp4", tmp_path / "out.jsonl"
+    path.write_bytes(b"not yet copied")
+    engine, sampling = tiny_engine(), Sampling(4, every_s=4.0)
+    with Ledger.open(ledger_path) as ledger:
+        job = Job(engine, Task("caption"), sampling, engine.settings(SHORT), pool, ledger)
+        items, job.unreadable = cut_items([Item("late.mp4", str(path), "video")], sampling, pool)
+        shutil.copy(movie, path)
+        (record,) = job.run(job.plan(items).todo)
+        assert (record["segment"], record["error"]["kind"]) == (None, "decode")
+        assert record["error"]["message"] == str(job.unreadable[str(path)])
+        # as the file is now, so that a run without --retry-errors leaves it
+        assert record["size_bytes"] == path.stat().st_size
+        assert job.plan(items).todo == ()
+        # now that it can be measured, its parts are what is asked for, and the whole is not
+        parts, job.unreadable = cut_items(items, sampling, pool)
+        plan = job.plan(parts)
+        assert ([work.item for work in plan.todo], plan.failed) == (parts, ())
+        assert (len(parts), job.unreadable) == (2, {})
+        assert all(record["text"] for record in job.run(plan.todo))
+    summary = verify(ledger_path).summary
+    assert (summary.done, summary.errors) == (2, 1)  # the old record is still the last of its key
 
 
 @pytest.mark.parametrize("every_s", [0.0, -1.0, 0.05, float("nan"), float("inf")])

@@ -318,7 +318,7 @@ def _check_new(flag: str, path: Path | None) -> None:
 
 
 def _note_peak(made: Bench, console: Console) -> None:
-    from vla2cli.bench.memory import can_tell_peak
+    from vla2cli.memory import can_tell_peak
 
     if not can_tell_peak(made.networks.device):
         console.note("peak_mb is null: this system does not let a process reset its peak memory")

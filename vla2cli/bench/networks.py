@@ -20,8 +20,8 @@ from vla2_models.public import PublicCheckpoint, public_checkpoints, suggest
 from vla2_models.random_weights import random_state
 from vla2_models.sizes import full_size_config
 from vla2_models.videollama2 import VideoLLaMA2
-from vla2cli.bench.memory import free_bytes
 from vla2cli.errors import ModelError, UsageError
+from vla2cli.memory import free_bytes
 
 
 class Networks:

@@ -11,8 +11,8 @@ import torch
 
 from vla2_models.packed import PackedLinear
 from vla2cli.bench.frontends import Variant
-from vla2cli.bench.memory import run_with_peak
 from vla2cli.bench.work import Work
+from vla2cli.memory import run_with_peak
 
 PRODUCT_EDGE = 4096  # of the matrices whose product sets the limit
 CUDA_PRODUCT_EDGE = 8192  # a GPU does a smaller one in hardly more time than it takes to ask for it

@@ -18,6 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from vla2_models.config import CheckpointConfig
 from vla2_models.loading import build_empty
+from vla2_models.packed import can_pack, pack_in_place
 from vla2_models.videollama2 import VideoLLaMA2
 from vla2cli.bench.frontends import FRONTENDS, Variant, weights_dtype
 from vla2cli.bench.networks import Networks
@@ -33,7 +34,8 @@ from vla2cli.bench.work import (
 )
 from vla2cli.config import GenerationSettings
 from vla2cli.engine import DTYPES
-from vla2cli.engines.eager import Generation, generate
+from vla2cli.engines.base import Generation, Request, run
+from vla2cli.engines.hf import HFEngine
 from vla2cli.errors import InputError, ModelError, UsageError
 from vla2cli.frontend.base import Frontend
 from vla2cli.inputs import Item
@@ -162,6 +164,8 @@ def language_cases(
     cases = []
     for dtype in dtypes:
         model = networks.language(DTYPES[dtype])
+        if can_pack(networks.device, DTYPES[dtype]):  # as in a run
+            pack_in_place(model)
         read = token_bytes(config.language, num_tokens, DTYPES[dtype].itemsize)
         work = {"prefill": prefill, "generate": Work(gb=read / 1e9)}
         run = _language_run(model, num_tokens, dtype)
@@ -185,10 +189,13 @@ def _language_run(
     # no end: the number of tokens has to be known
     settings = GenerationSettings(eos_token_ids=(), max_new_tokens=NUM_STEPS + 1)
 
-    def run() -> dict[str, float]:
-        generation: Generation = generate(model, [embeds], settings, [0])[0]
+    engine = HFEngine(model, 1)
+
+    def say() -> dict[str, float]:
+        (generation,) = run(engine, [Request(embeds, settings)])
+        assert isinstance(generation, Generation), "nothing is weighed"
         if not generation.is_finite:
             raise ModelError(f"the language model makes no finite numbers in {dtype}")
         return {"prefill": generation.prefill_s, "generate": generation.generate_s / NUM_STEPS}
 
-    return run
+    return say

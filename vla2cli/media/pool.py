@@ -12,10 +12,11 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -128,7 +129,10 @@ class DecodePool:
         self._tasks: queue.SimpleQueue[_Task[Any] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._workers: set[_Worker] = set()
-        self._hashed: dict[str, FileState] = {}  # the last files: segments of one come together
+        self._num_busy = 0
+        self.busy_s = 0.0  # that all workers together have worked
+        # the last files, done or in work: segments of one come together, to several workers
+        self._hashes: dict[tuple[str, FileState], Future[FileState]] = {}
         self._is_closed = self._is_cancelled = False
         # daemons: a pool that nobody closed must not keep the interpreter from ending
         self._threads = [
@@ -138,15 +142,31 @@ class DecodePool:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, request: ClipRequest) -> Future[Clip]:
-        """Hash a file and read the frames and the sound that the model is given."""
+    def submit(
+        self, request: ClipRequest, recall: Callable[[FileState], T | None] | None = None
+    ) -> Future[Clip | T]:
+        """Hash a file and read the frames and the sound that the model is given.
 
-        def run(owner: _Owner) -> Clip:
+        Args:
+            request: what is wanted of it.
+            recall: given the file's hash, returns what makes reading it needless, or None.
+        """
+
+        def run(owner: _Owner) -> Clip | T:
             # two requests, so that hashing a large file does not eat the decoder's time
             state = self._hash(owner, request.path)
+            if recall is not None and (known := recall(state)) is not None:
+                return known
             header = {"op": "clip", "state": asdict(state), **wire.pack_request(request)}
             with _remember(state):
-                return wire.unpack_clip(*owner.ask(header, self.timeout_s, "decoding"))
+                clip = wire.unpack_clip(*owner.ask(header, self.timeout_s, "decoding"))
+                if recall is None:
+                    return clip
+                after, _ = owner.ask(
+                    {"op": "stat", "path": request.path}, self.timeout_s, "opening"
+                )
+            times = (state.size_bytes, state.mtime_ns)
+            return replace(clip, is_steady=times == (after["size_bytes"], after["mtime_ns"]))
 
         return self._submit(run)
 
@@ -162,6 +182,11 @@ class DecodePool:
     def submit_hash(self, path: str) -> Future[FileState]:
         """Tell a file's size, time and SHA-256."""
         return self._submit(lambda owner: self._hash(owner, path))
+
+    @property
+    def num_busy(self) -> int:
+        """Workers that have something to do now."""
+        return self._num_busy
 
     def worker_pids(self) -> list[int]:
         """List the processes that are alive now."""
@@ -197,21 +222,33 @@ class DecodePool:
         self.close()
 
     def _hash(self, owner: "_Owner", path: str) -> FileState:
-        found, _ = owner.ask({"op": "stat", "path": path}, self.timeout_s, "opening")
-        state = FileState(**found)
+        key = path, self._stat(owner, path)
+        mine: Future[FileState] = Future()
         with self._lock:
-            known = self._hashed.get(path)
-        if known and (known.size_bytes, known.mtime_ns) == (state.size_bytes, state.mtime_ns):
-            return known
+            first = self._hashes.setdefault(key, mine)
+            if len(self._hashes) > _MAX_HASHED:
+                del self._hashes[next(iter(self._hashes))]
+        # whoever hashes waits for its own worker alone and for a limited time, so this ends; where
+        # it fails, each tries for itself
+        if first is not mine and first.exception() is None:
+            return first.result()
+        task = _Task(mine, lambda owner: self._read_hash(owner, *key))
+        task.finish(owner)
+        if mine.exception() is not None or replace(mine.result(), sha256="") != key[1]:
+            with self._lock:
+                if self._hashes.get(key) is mine:
+                    del self._hashes[key]
+        return mine.result()
+
+    def _read_hash(self, owner: "_Owner", path: str, state: FileState) -> FileState:
         limit_s = self.timeout_s + state.size_bytes / _HASH_BYTES_PER_S
         with _remember(state):
             answer, _ = owner.ask({"op": "hash", "path": path}, limit_s, "reading the file")
-        hashed = FileState(**answer)
-        with self._lock:
-            self._hashed[path] = hashed
-            if len(self._hashed) > _MAX_HASHED:
-                del self._hashed[next(iter(self._hashed))]
-        return hashed
+        return FileState(**answer)
+
+    def _stat(self, owner: "_Owner", path: str) -> FileState:
+        found, _ = owner.ask({"op": "stat", "path": path}, self.timeout_s, "opening")
+        return FileState(**found)
 
     def _submit(self, run: "Callable[[_Owner], T]") -> Future[T]:
         future: Future[T] = Future()
@@ -227,9 +264,22 @@ class DecodePool:
             while (task := self._tasks.get()) is not None:
                 if self._is_cancelled:
                     task.future.cancel()
-                task.finish(owner)
+                with self._busy():
+                    task.finish(owner)
         finally:
             owner.drop()
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        started = time.monotonic()
+        with self._lock:
+            self._num_busy += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_busy -= 1
+                self.busy_s += time.monotonic() - started
 
     def _start(self) -> _Worker:
         if self._is_cancelled:

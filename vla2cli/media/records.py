@@ -104,6 +104,7 @@ class Clip:
     state: FileState
     timings_s: dict[str, float]  # read, preprocess
     sound: Sound | None = None  # None: nothing is heard
+    is_steady: bool = True  # False: the file was seen to change while it was read
 
     @property
     def is_seen(self) -> bool:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.tiny import tiny_av_engine, tiny_engine, tiny_hub
+from vla2_models.loading import load_model
 from vla2_models.miniature import MODEL_ID
 from vla2cli.bench.clip import make_video
 from vla2cli.bench.frontends import FRONTENDS, Variant, pick_variants
@@ -38,7 +39,7 @@ def small_bench(engine, **changes):
     config = engine.checkpoint.config
     settings = {
         "model": "miniature",
-        "networks": Networks(config, CPU, engine.model.state_dict()),
+        "networks": Networks(config, CPU, load_model(engine.checkpoint).state_dict()),
         "num_layers": config.language.num_hidden_layers,
         "stages": STAGES,
         "variants": tuple(pick_variants(["eager"], ["float32", "bfloat16"])),
@@ -189,7 +190,7 @@ def test_clip_that_is_made_has_moving_pictures_and_sound(tmp_path):
 
 def test_numbers_that_are_not_finite_end_the_bench_in_one_line():
     engine = tiny_engine()
-    state = dict(engine.model.state_dict())
+    state = dict(load_model(engine.checkpoint).state_dict())
     state["language_model.lm_head.weight"] = state["language_model.lm_head.weight"] * torch.inf
     networks = Networks(engine.checkpoint.config, CPU, state)
     bench = small_bench(engine, networks=networks, stages=("generate",), dtypes=("float32",))

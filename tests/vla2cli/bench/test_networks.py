@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.tiny import tiny_engine
+from vla2_models.loading import load_model
 from vla2cli.bench.networks import Networks, cut_layers, find_spec, spec_config
 from vla2cli.errors import ModelError, UsageError
 
@@ -12,7 +13,7 @@ CPU = torch.device("cpu")
 
 def test_front_has_no_language_model_and_the_language_model_no_front():
     engine = tiny_engine()
-    networks = Networks(engine.checkpoint.config, CPU, engine.model.state_dict())
+    networks = Networks(engine.checkpoint.config, CPU, load_model(engine.checkpoint).state_dict())
     front, language = networks.front(torch.bfloat16), networks.language(torch.float32)
     assert all(p.is_meta for p in front.language_model.parameters())
     assert {p.dtype for part in front.front for p in part.parameters()} == {torch.bfloat16}
@@ -21,7 +22,7 @@ def test_front_has_no_language_model_and_the_language_model_no_front():
 
 def test_stored_weights_of_the_same_dtype_are_shared_and_not_copied():
     engine = tiny_engine()
-    stored = engine.model.state_dict()
+    stored = load_model(engine.checkpoint).state_dict()
     front = Networks(engine.checkpoint.config, CPU, stored).front(torch.float32)
     for name, weight in front.mm_projector.state_dict().items():
         assert weight.data_ptr() == stored[f"mm_projector.{name}"].data_ptr()
@@ -31,9 +32,10 @@ def test_cut_model_runs_the_first_layers_of_the_whole_one():
     engine = tiny_engine()
     config = cut_layers(engine.checkpoint.config, 1)
     assert engine.checkpoint.config.language.num_hidden_layers == 2
-    language = Networks(config, CPU, engine.model.state_dict()).language(torch.float32)
+    whole = load_model(engine.checkpoint)
+    language = Networks(config, CPU, whole.state_dict()).language(torch.float32)
     [layer] = language.model.layers
-    first = engine.model.language_model.model.layers[0]
+    first = whole.language_model.model.layers[0]
     for name, weight in layer.state_dict().items():
         assert torch.equal(weight, first.state_dict()[name])
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from vla2cli.bench.frontends import Variant
-from vla2cli.bench.memory import can_tell_peak, free_bytes, run_with_peak
 from vla2cli.bench.rounds import Case, Limit, copy, measure, packed_product, product
 from vla2cli.bench.rows import make_rows
 from vla2cli.bench.work import Work
+from vla2cli.memory import can_tell_peak, free_bytes, run_with_peak
 
 CPU = torch.device("cpu")
 MB = 10**6

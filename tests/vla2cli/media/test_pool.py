@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -74,6 +75,56 @@ def test_file_is_hashed_once_until_its_size_or_time_changes(tmp_path):
         assert hashed(b"two", 1) == first  # nothing tells that it was read again
         assert hashed(b"two", 2) == hashlib.sha256(b"two").hexdigest()
         assert hashed(b"three", 2) == hashlib.sha256(b"three").hexdigest()
+
+
+@pytest.fixture
+def long_file(tmp_path):
+    """A file that takes a moment to hash, and its hash; it has no blocks on the disk."""
+    path = tmp_path / "long.bin"
+    with path.open("wb") as file:
+        file.truncate(300_000_000)
+    with path.open("rb") as file:
+        return str(path), hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def num_read(pids):
+    """Count the bytes that processes have read."""
+    lines = [Path(f"/proc/{pid}/io").read_text().splitlines()[0] for pid in pids]
+    return sum(int(line.removeprefix("rchar: ")) for line in lines)
+
+
+def test_file_that_several_workers_want_is_hashed_by_one(folder, long_file):
+    path, sha256 = long_file
+    with DecodePool(3) as pool:
+        everyone = threading.Barrier(3)
+        for future in [pool.submit(request(folder), lambda _: everyone.wait(20)) for _ in range(3)]:
+            future.result(20)
+        before = num_read(pool.worker_pids())
+        states = [future.result(20) for future in [pool.submit_hash(path) for _ in range(9)]]
+        assert num_read(pool.worker_pids()) - before < 1.5 * 300_000_000
+    assert {state.sha256 for state in states} == {sha256}
+
+
+def test_hash_that_fails_is_tried_by_who_waits_for_it(long_file):
+    path, sha256 = long_file
+    with DecodePool(2) as pool:
+        first = pool.submit_hash(path)
+        wait_until(lambda: len(pool.worker_pids()) == 1)
+        (pid,) = pool.worker_pids()
+        wait_until(lambda: num_read([pid]) > 20_000_000)
+        os.kill(pid, signal.SIGSTOP)
+        second = pool.submit_hash(path)
+        wait_until(lambda: len(pool.worker_pids()) == 2)
+        seen = {*pool.worker_pids()}
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: {*pool.worker_pids()} - seen)
+        (again,) = {*pool.worker_pids()} - seen
+        os.kill(again, signal.SIGKILL)
+        with pytest.raises(InputError) as caught:
+            first.result(20)
+        assert caught.value.kind == "worker-died"
+        assert second.result(20).sha256 == sha256
+        assert pool.submit_hash(path).result(20).sha256 == sha256
 
 
 def test_clip_is_what_the_readers_give(folder):
@@ -158,6 +209,58 @@ def test_memory_beyond_the_limit_is_refused(tmp_path):
         assert (
             len(pool.submit(request(tmp_path / "large.png", kind="image")).result(30).frames) == 1
         )
+
+
+def test_known_file_is_hashed_and_not_read(folder):
+    seen = []
+    with DecodePool(1) as pool:
+        found = pool.submit(request(folder), lambda state: seen.append(state) or "known").result(20)
+        assert found == "known"
+        assert seen == [pool.submit_hash(folder).result(20)]
+
+
+def test_file_that_is_not_known_is_read(folder):
+    with DecodePool(1) as pool:
+        clip = pool.submit(request(folder), lambda state: None).result(20)
+        assert len(clip.frames) == 3
+
+
+def test_file_that_changes_between_hash_and_end_is_not_steady(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (40, 60)).save(path)
+
+    def touch(state):
+        os.utime(path, ns=(0, state.mtime_ns + 1))
+
+    with DecodePool(1) as pool:
+        assert pool.submit(request(path), lambda state: None).result(20).is_steady
+        assert not pool.submit(request(path), touch).result(20).is_steady
+        with pytest.raises(InputError) as raised:
+            pool.submit(request(path), lambda state: path.unlink()).result(20)
+    assert raised.value.kind == "missing"
+
+
+def test_failure_to_recall_fails_that_file_alone(folder):
+    def fail(state):
+        raise ValueError("no")
+
+    with DecodePool(1) as pool:
+        bad, good = pool.submit(request(folder), fail), pool.submit(request(folder))
+        with pytest.raises(ValueError, match="no"):
+            bad.result(20)
+        assert len(good.result(20).frames) == 3
+        wait_until(lambda: pool.num_busy == 0)
+
+
+def test_busy_workers_are_counted(folder):
+    with DecodePool(2) as pool:
+        assert pool.num_busy == 0
+        gate = threading.Event()
+        waiting = [pool.submit(request(folder), lambda state: gate.wait(20)) for _ in range(3)]
+        wait_until(lambda: pool.num_busy == 2)
+        gate.set()
+        assert [future.result(20) for future in waiting] == [True] * 3
+        wait_until(lambda: pool.num_busy == 0)
 
 
 def test_worker_starts_only_when_needed_and_takes_no_lock_along(folder, tmp_path):

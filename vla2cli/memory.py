@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +12,7 @@ import torch
 
 Result = TypeVar("Result")
 PROC = Path("/proc")
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -20,7 +21,8 @@ def free_bytes(device: torch.device) -> int | None:
         # what torch keeps of earlier stages can be had as well
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    return _read_field(PROC / "meminfo", "MemAvailable")
+    found = [_read_field(PROC / "meminfo", "MemAvailable"), *_left_to_groups()]
+    return min((left for left in found if left is not None), default=None)
 
 
 def can_tell_peak(device: torch.device) -> bool:
@@ -58,6 +60,28 @@ def run_with_peak(
     if before is None or peak is None:
         return result, None
     return result, max(peak - before, 0)
+
+
+def _left_to_groups() -> Iterator[int]:
+    """Yield what the limits on this process leave it: of its cgroups (v2), such as a container.
+
+    The kernel drops pages of files that were not used of late before it refuses memory.
+    """
+    with suppress(OSError):
+        for line in (PROC / "self/cgroup").read_text().splitlines():
+            if line.startswith("0::/"):
+                group = CGROUPS / line.removeprefix("0::/")
+                for folder in (group, *group.parents):
+                    if folder.is_relative_to(CGROUPS):
+                        yield from _left_to(folder)
+
+
+def _left_to(group: Path) -> Iterator[int]:
+    with suppress(OSError, ValueError):  # no such controller, or `max`
+        limit = int((group / "memory.max").read_text())
+        held = int((group / "memory.current").read_text())
+        stat = dict(map(str.split, (group / "memory.stat").read_text().splitlines()))
+        yield max(limit - held + int(stat.get("inactive_file", 0)), 0)
 
 
 def _give_back() -> None:
