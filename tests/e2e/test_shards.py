@@ -9,7 +9,8 @@ from tests.e2e.conftest import EXAMPLES, together
 
 NUM_SHARDS = 3
 ASK = ("--question", "What moves?", "--then", "Which way?")
-MAY_DIFFER = ("created", "timings_s")
+# a mean has other last bits in another batch
+MAY_DIFFER = ("created", "timings_s", "logprob_mean")
 
 
 @pytest.fixture(scope="module")
