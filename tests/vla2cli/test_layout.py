@@ -5,6 +5,7 @@ from tests.goldens import golden, golden_engine, golden_source, runs_of, tensors
 from tests.tiny import SHORT_WINDOW, open_tiny, write_tiny
 from vla2_models import loading
 from vla2_models.checkpoint import open_checkpoint
+from vla2_models.loading import load_model
 from vla2cli.config import GenerationChoice
 from vla2cli.engine import Ask, Engine, MediaTokens, pick_dtype
 from vla2cli.errors import ModelError, UsageError
@@ -31,7 +32,7 @@ def answer(engine, case):
 
 def room_for(case, share):
     """Bytes for tower, connector and activations, and for a share of the language model."""
-    model = golden_engine(case).model
+    model = load_model(golden_engine(case).checkpoint)
     sizes = {
         name: sum(p.numel() * p.element_size() for p in part.parameters())
         for name, part in model.named_children()

@@ -17,6 +17,7 @@ from tests.vla2cli.train.reference import (
     media_of,
 )
 from vla2_models.beats import BEATs
+from vla2_models.loading import load_model
 from vla2cli.train.collate import Collator
 from vla2cli.train.conversation import IGNORED, Utterance, build_row
 from vla2cli.train.media import Media
@@ -53,7 +54,7 @@ def run(network, samples, collator, **more):
 
 def tiny_network():
     """Networks with ears whose weights are the test's own, free to be trained."""
-    model = copy.deepcopy(tiny_av_engine().model)
+    model = copy.deepcopy(load_model(tiny_av_engine().checkpoint))
     return TrainedNetwork(model.requires_grad_(True)).train()
 
 

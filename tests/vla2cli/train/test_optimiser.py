@@ -5,6 +5,7 @@ from torch.optim import AdamW, Muon
 from torch.optim.lr_scheduler import LambdaLR
 
 from tests.tiny import tiny_av_engine
+from vla2_models.loading import load_model
 from vla2cli.train.optimiser import Together, is_hidden_matrix, with_muon
 
 RATE, MUON_RATE = 1e-3, 0.02
@@ -110,7 +111,7 @@ def test_a_schedule_changes_the_rates_of_both():
 
 
 def test_matrices_between_widths_are_turned_and_the_rest_is_scaled():
-    parameters = dict(tiny_av_engine().model.named_parameters())
+    parameters = dict(load_model(tiny_av_engine().checkpoint).named_parameters())
     assert [name for name in TURNED if not is_hidden_matrix(name, parameters[name])] == []
     assert [name for name in SCALED if is_hidden_matrix(name, parameters[name])] == []
 
