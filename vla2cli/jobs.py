@@ -32,7 +32,7 @@ from vla2cli.flow import Ahead, Cores, Feed, InTurn
 from vla2cli.inputs import Item
 from vla2cli.ledger import Ledger, Record, settings_digest
 from vla2cli.media.pool import DecodePool
-from vla2cli.media.records import Clip, FileState
+from vla2cli.media.records import Clip, ClipRequest, FileState
 from vla2cli.plan import (
     Conversation,
     Lookup,
@@ -316,7 +316,7 @@ class Job:
             yield outcomes
 
     def _start(self, item: Item) -> Future[Clip | Encoded]:
-        request = self.sampling.request(item, self.engine.geometry, self.engine.sound_window)
+        request = self._request(item)
         if (error := self.unreadable.get(item.path)) is not None:
 
             def refuse(state: FileState) -> Encoded | None:
@@ -333,6 +333,9 @@ class Job:
             return cache.get(entry_key(state.sha256, request, encoder), state)
 
         return self.pool.submit(request, recall)
+
+    def _request(self, item: Item) -> ClipRequest:
+        return self.sampling.request(item, self.engine.geometry, self.engine.sound_window)
 
     @cached_property
     def _encoder(self) -> dict[str, Any]:
@@ -368,10 +371,8 @@ class Job:
                 continue
             ready = Encoded(clip.stripped(), media)
             if self.cache is not None and clip.is_steady:
-                request = self.sampling.request(
-                    work.item, self.engine.geometry, self.engine.sound_window
-                )
-                self.cache.put(entry_key(clip.state.sha256, request, self._encoder), ready)
+                key = entry_key(clip.state.sha256, self._request(work.item), self._encoder)
+                self.cache.put(key, ready)
             yield Ready(work, ready, encode_s)
 
     def _encode_some(self, clips: list[Clip]) -> list[MediaTokens]:
