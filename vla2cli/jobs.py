@@ -96,29 +96,25 @@ def decode_ahead(
         works: what to decode.
         start: begins to decode a file.
         batch: clips that are waited for, unless there are no more.
-        lookahead: clips at most that are decoded or wait to be taken, at least `batch`.
+        lookahead: clips at most that are being decoded or wait to be taken, at least `batch`.
         should_stop: asked now and then; then nothing more comes.
     """
     waiting = iter(works)
     in_flight: dict[Future[T], Work] = {}
     ready: list[tuple[Work, T | InputError]] = []
     while not should_stop():
-        while len(in_flight) + len(ready) < lookahead:
-            work = next(waiting, None)
-            if work is None:
-                break
+        for work in itertools.islice(waiting, lookahead - len(in_flight) - len(ready)):
             in_flight[start(work.item)] = work
+        if len(ready) >= batch or (ready and not in_flight):
+            yield ready[:batch]
+            del ready[:batch]
+            continue
         if not in_flight:
             break
         done, _ = wait(in_flight, timeout=WAIT_S, return_when=FIRST_COMPLETED)
         for future in [future for future in in_flight if future in done]:
             clip = outcome(future)
             ready.append((in_flight.pop(future), clip))
-        while len(ready) >= batch and not should_stop():
-            yield ready[:batch]
-            del ready[:batch]
-    if ready and not should_stop():
-        yield ready
 
 
 class Job:
@@ -306,7 +302,9 @@ class Job:
             works,
             self._start,
             batch=self._encode_size,
-            lookahead=self.batch + (2 * self.pool.num_workers if self.overlap else 0),
+            lookahead=self._encode_size * 2 + 2 * self.pool.num_workers
+            if self.overlap
+            else self.batch,
             should_stop=should_stop,
         )
         before_s = self.pool.busy_s

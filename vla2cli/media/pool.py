@@ -23,6 +23,7 @@ from typing import Any, Generic, Self, TypeVar
 from vla2cli.config import is_debug
 from vla2cli.errors import InputError
 from vla2cli.media import wire
+from vla2cli.media.patience import wait_answer
 from vla2cli.media.records import Clip, ClipRequest, FileState, Probe
 
 __all__ = ["Clip", "ClipRequest", "DecodePool", "FileState", "Probe"]
@@ -77,6 +78,7 @@ class _Worker:
         self.num_requests += 1
         try:
             wire.send(self.sock, header)
+            wait_answer(self.sock, self.process.pid, limit_s)
             answer, body = wire.receive(self.sock, limit_s)
         except TimeoutError:
             raise
@@ -120,7 +122,8 @@ class DecodePool:
 
         Args:
             num_workers: processes, at least 1.
-            timeout_s: wall clock for one file; hashing has another one that grows with the size.
+            timeout_s: wall clock for one file, see `wait_answer`; hashing has another one that
+                grows with the size.
             memory_bytes: what a worker may take on top of what it has when it starts.
         """
         if num_workers < 1:
@@ -129,7 +132,7 @@ class DecodePool:
         self._tasks: queue.SimpleQueue[_Task[Any] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._workers: set[_Worker] = set()
-        self._num_busy = 0
+        self._num_open = 0  # requests that were not answered yet
         self.busy_s = 0.0  # that all workers together have worked
         # the last files, done or in work: segments of one come together, to several workers
         self._hashes: dict[tuple[str, FileState], Future[FileState]] = {}
@@ -185,8 +188,8 @@ class DecodePool:
 
     @property
     def num_busy(self) -> int:
-        """Workers that have something to do now."""
-        return self._num_busy
+        """Workers that have something to do now, or will in a moment."""
+        return min(self._num_open, self.num_workers)
 
     def worker_pids(self) -> list[int]:
         """List the processes that are alive now."""
@@ -255,6 +258,7 @@ class DecodePool:
         with self._lock:
             if self._is_closed:
                 raise RuntimeError("the pool is closed")
+            self._num_open += 1
             self._tasks.put(_Task(future, run))
         return future
 
@@ -272,13 +276,11 @@ class DecodePool:
     @contextmanager
     def _busy(self) -> Iterator[None]:
         started = time.monotonic()
-        with self._lock:
-            self._num_busy += 1
         try:
             yield
         finally:
             with self._lock:
-                self._num_busy -= 1
+                self._num_open -= 1
                 self.busy_s += time.monotonic() - started
 
     def _start(self) -> _Worker:

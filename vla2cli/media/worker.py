@@ -29,6 +29,8 @@ from vla2cli.media.sound import read_sound
 from vla2cli.preprocess import FrameGeometry, fit_frame
 
 _PR_SET_PDEATHSIG = 1
+# decoding ahead is never as urgent as what the model is at; a lower rank would starve among others
+_NICENESS = 10
 
 _Answer = tuple[dict[str, Any], memoryview | bytes]
 
@@ -38,6 +40,8 @@ def main(socket_fd: int, parent_pid: int, memory_bytes: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     sock = socket.socket(fileno=socket_fd)
     _die_with_parent(sock, parent_pid)
+    if sys.platform == "linux":  # elsewhere nobody could tell a starving worker from one that hangs
+        os.nice(_NICENESS)
     _limit_memory(memory_bytes)
     try:
         wire.send(sock, {"ready": os.getpid()})

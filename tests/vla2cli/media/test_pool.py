@@ -16,6 +16,7 @@ from PIL import Image
 
 from vla2cli.errors import InputError
 from vla2cli.media.frames import read_frames
+from vla2cli.media.patience import queued_seconds
 from vla2cli.media.pool import ClipRequest, DecodePool
 from vla2cli.preprocess import FrameGeometry, fit_frame
 
@@ -173,6 +174,39 @@ def test_hanging_worker_times_out_and_the_next_file_gets_another(folder):
         assert time.monotonic() - start < 5
         assert not is_alive(pid)
         assert len(pool.submit(request(folder)).result(20).frames) == 3
+
+
+def test_time_without_a_core_does_not_count(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(3):  # half a second of work
+        picture = rng.integers(0, 256, (1600, 1600, 3), np.uint8)
+        Image.fromarray(picture).save(tmp_path / f"{i}.png", compress_level=1)
+    with DecodePool(1, timeout_s=1.0) as pool:
+        pool.submit_probe(str(tmp_path), "video").result(20)
+        (pid,) = pool.worker_pids()
+        core = {min(os.sched_getaffinity(pid))}
+        os.sched_setaffinity(pid, core)
+        hog = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            os.sched_setaffinity(hog.pid, core)
+            start = time.monotonic()
+            assert len(pool.submit(request(tmp_path)).result(20).frames) == 3
+            assert time.monotonic() - start > 1.0
+            assert queued_seconds(pid) > 0.5
+            assert pool.worker_pids() == [pid]
+        finally:
+            hog.kill()
+            hog.wait()
+
+
+def test_waiting_for_a_core_is_not_waiting_for_something_else(folder):
+    with DecodePool(1) as pool:
+        pool.submit_probe(folder, "video").result(20)
+        (pid,) = pool.worker_pids()
+        before_s = queued_seconds(pid)
+        time.sleep(0.3)
+        assert queued_seconds(pid) - before_s < 0.1
+    assert queued_seconds(pid) == 0
 
 
 def test_killed_worker_is_replaced_and_the_file_tried_again(folder):
