@@ -30,7 +30,7 @@ from vla2cli.stop import Stop
 if TYPE_CHECKING:
     from vla2cli.engine import Engine
 
-END_S = 1.3  # in which Python takes torch and transformers down, as seen on two cores
+END_S = 0.2  # in which Python takes torch and transformers down, as seen on two cores
 
 
 @dataclass(frozen=True)
