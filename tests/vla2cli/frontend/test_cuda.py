@@ -1,6 +1,5 @@
 """The front-ends on a CUDA device, held to plain PyTorch on the CPU."""
 
-import copy
 import functools
 
 import pytest
@@ -15,6 +14,7 @@ from tests.goldens import (
     runs_of,
     tensors_of,
 )
+from vla2_models.loading import load_model
 from vla2cli.config import GenerationChoice
 from vla2cli.engine import Ask, Engine, MediaTokens
 from vla2cli.errors import FrontendError
@@ -48,7 +48,7 @@ def test_tokens_on_cuda_are_those_of_plain_pytorch(case, name, dtype, tmp_path, 
     pixels = [pixels_of(case, "cap")]
     plain = TorchFrontend(engine.model)
     (wanted,) = plain.visual_tokens(plain.vision_features(pixels))
-    model = copy.deepcopy(engine.model).to(device, dtype)
+    model = load_model(engine.checkpoint, dtype=dtype, device=device)
     choice = CHOICES[name].settle(engine.checkpoint, device, dtype, lambda line: None)
     try:
         frontend = choice.open(engine.checkpoint, model, lambda line: None)
