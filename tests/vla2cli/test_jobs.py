@@ -418,6 +418,29 @@ def test_clip_that_cannot_be_encoded_costs_one_record(pool):
     assert {error["stage"] for error in failed.values()} == {"encode"}
 
 
+def test_shortage_of_memory_is_said_once_and_the_next_batches_are_smaller(pool, tmp_path):
+    tried, said = [], []
+
+    class Small(Engine):
+        """Has memory for two clips."""
+
+        def encode(self, clips):
+            tried.append(len(clips))
+            if len(clips) > 2:
+                raise MemoryError
+            return super().encode(clips)
+
+    for i in range(16):
+        shutil.copy(EXAMPLES / "05.mp4", tmp_path / f"{i:02}.mp4")
+    engine = Small(tiny_engine().checkpoint, device="cpu")
+    job = make_job(pool, engine=engine, batch=8, say=said.append)
+    records = list(job.run(job.plan(find_items([str(tmp_path)]).items).todo))
+    assert len({record["text"] for record in records}) == 1
+    assert len(records) == 16
+    assert tried == [8, 4, 2, 2, 4, 2, 2, 2, 2, 2, 2]
+    assert said == ["out of memory: encoding 4 clips at a time, or fewer"]
+
+
 # clips that were encoded before
 
 
