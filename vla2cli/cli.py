@@ -308,7 +308,7 @@ def features(
     """Write what the networks make of every file, as safetensors."""
     options = RunOptions.of(locals())
     options.check()
-    from vla2cli.features import (
+    from vla2cli.tensors import (
         LEDGER_NAME,
         check_tensors,
         is_missing,

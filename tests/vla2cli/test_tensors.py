@@ -13,7 +13,12 @@ from tests.tiny import tiny_av_engine, tiny_engine
 from vla2cli.api import features
 from vla2cli.config import GenerationChoice
 from vla2cli.errors import UsageError
-from vla2cli.features import (
+from vla2cli.inputs import find_items
+from vla2cli.jobs import Job
+from vla2cli.ledger import read_records
+from vla2cli.media.pool import DecodePool
+from vla2cli.plan import Sampling, Task
+from vla2cli.tensors import (
     DEFAULT_TENSORS,
     LEDGER_NAME,
     TENSORS,
@@ -22,11 +27,6 @@ from vla2cli.features import (
     parse_tensors,
     run_features,
 )
-from vla2cli.inputs import find_items
-from vla2cli.jobs import Job
-from vla2cli.ledger import read_records
-from vla2cli.media.pool import DecodePool
-from vla2cli.plan import Sampling, Task
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
