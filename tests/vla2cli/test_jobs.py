@@ -466,6 +466,16 @@ def test_second_run_decodes_and_encodes_nothing_and_says_the_same(tmp_path, over
         assert caption == run_cached(pool, EXAMPLES, None)[0]
 
 
+def test_clip_of_a_spoiled_entry_alone_is_decoded_and_encoded_again(pool, clips, tmp_path):
+    cache = TokenCache.open(tmp_path / "tokens", 10**9)
+    before, _ = run_cached(pool, clips, cache)
+    spoiled = next((tmp_path / "tokens").glob("??/*.safetensors"))
+    spoiled.write_bytes(spoiled.read_bytes()[:-1])
+    after, counts = run_cached(pool, clips, cache)
+    assert (counts["decoded"], counts["encoded"], counts["recalled"]) == (1, 1, 2)
+    assert after == before
+
+
 def test_other_frames_of_a_clip_are_another_entry(pool, clips, tmp_path):
     cache = TokenCache.open(tmp_path / "tokens", 10**9)
     run_cached(pool, clips, cache)
