@@ -10,7 +10,6 @@ from pathlib import Path
 from vla2cli.cache import DEFAULT_CACHE_SIZE, TokenCache, parse_size
 from vla2cli.config import DEFAULT_BATCH, GenerationChoice
 from vla2cli.engine import Engine
-from vla2cli.features import check_tensors, is_missing, make_folder, parse_tensors, run_features
 from vla2cli.inputs import find_items
 from vla2cli.jobs import Job
 from vla2cli.ledger import Ledger, Record
@@ -18,6 +17,7 @@ from vla2cli.manifest import Manifest, read_manifest
 from vla2cli.media.pool import DecodePool, default_num_workers
 from vla2cli.plan import Sampling, Task, Work, is_choice, usable_items
 from vla2cli.segments import cut_items
+from vla2cli.tensors import check_tensors, is_missing, make_folder, parse_tensors, run_features
 
 StrPath = str | os.PathLike[str]
 Paths = StrPath | Iterable[StrPath]
@@ -151,7 +151,7 @@ def features(
         paths: one path or several.
         engine: from `Engine.load`.
         folder: for one safetensors file per input, and features.jsonl.
-        tensors: names with commas between them, or `all`; see `vla2cli.features.TENSORS`.
+        tensors: names with commas between them, or `all`; see `vla2cli.tensors.TENSORS`.
         question: for the tensors from `input_ids` on.
         sampling: what is looked at and listened to.
         generation: how the model goes on, for `generated_ids`.

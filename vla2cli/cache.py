@@ -99,8 +99,6 @@ class TokenCache:
 
     def __init__(self, files: BoundedFolder) -> None:
         self._files = files
-        self.hits = 0
-        self.misses = 0
 
     @classmethod
     def open(cls, folder: Path, max_bytes: int, say: Say = lambda message: None) -> TokenCache:
@@ -129,13 +127,12 @@ class TokenCache:
             there is no entry that can be used.
         """
         started = time.perf_counter()
-        found = None
         data = self._files.read(key)
-        if data is not None:
-            found = _unpack(data, key, state, started)
-            if found is None:
-                self._files.remove(key)
-        self.hits, self.misses = self.hits + (found is not None), self.misses + (found is None)
+        if data is None:
+            return None
+        found = _unpack(data, key, state, started)
+        if found is None:
+            self._files.remove(key)
         return found
 
     def put(self, key: str, encoded: Encoded) -> None:

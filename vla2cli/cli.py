@@ -25,8 +25,6 @@ from vla2cli.errors import UsageError, Vla2Error
 from vla2cli.export import EXAMPLES as EXPORT_EXAMPLES
 from vla2cli.export import export
 from vla2cli.manifest import Manifest, read_manifest, read_questions
-from vla2cli.merge import EXAMPLES as MERGE_EXAMPLES
-from vla2cli.merge import merge
 from vla2cli.models import models_app
 from vla2cli.options import RunOptions
 from vla2cli.plan import Conversation, Task, parse_choices
@@ -308,7 +306,7 @@ def features(
     """Write what the networks make of every file, as safetensors."""
     options = RunOptions.of(locals())
     options.check()
-    from vla2cli.features import (
+    from vla2cli.tensors import (
         LEDGER_NAME,
         check_tensors,
         is_missing,
@@ -500,7 +498,62 @@ def verify(
     raise typer.Exit(3 if found else 0)
 
 
-app.command(epilog=MERGE_EXAMPLES)(merge)
+@app.command(
+    epilog=opt.epilog(
+        "vla2 merge .demo/captions.jsonl -o .demo/last.jsonl --force",
+        "vla2 merge .demo/captions.jsonl .demo/captions.jsonl -o .demo/both.jsonl --force",
+    )
+)
+def merge(
+    ledgers: Annotated[
+        list[str], typer.Argument(metavar="LEDGER", help="JSON Lines files that vla2 wrote.")
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", envvar="VLA2_OUTPUT", help="The new ledger."),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", "-f", help="Replace an output that exists; it becomes FILE.bak-N."),
+    ] = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Join the ledgers of shards, or of any runs, into one.
+
+    The same record is taken once, and an error gives way to a text, or to a later ledger's error.
+    Where two texts under one key differ, nothing is written. The ledgers themselves are not
+    changed.
+    """
+    from vla2cli.merge import merge_ledgers
+
+    if output in (None, "", "-"):
+        raise UsageError("merge writes a new ledger: give -o FILE")
+    merged = merge_ledgers(ledgers, output, force=force)
+    if json:
+        print_data(dataclasses.asdict(merged))
+    console = Console(quiet=quiet, verbose=verbose)
+    for source in merged.inputs:
+        console.detail(
+            f"{source.path}: {count(source.records, 'record')}, {count(source.keys, 'key')}, "
+            f"{source.taken:,} taken"
+        )
+        if source.torn_bytes:
+            console.note(
+                f"vla2: {source.path}: {source.torn_bytes} bytes of an unfinished record left out"
+            )
+        if source.bad_lines:
+            console.note(
+                f"vla2: {source.path}: lines that are no record: {len(source.bad_lines):,}, left "
+                f"out (first: {source.bad_lines[0]}); see: vla2 verify {source.path}"
+            )
+    console.note(
+        f"{output}: {count(merged.records, 'record')} of {count(len(ledgers), 'ledger')}, "
+        f"{merged.done:,} done, {count(merged.errors, 'error')}"
+    )
+    raise typer.Exit(3 if merged.is_short else 0)
 
 
 def _spoken(text: str, what: str) -> str:

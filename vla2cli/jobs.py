@@ -169,6 +169,7 @@ class Job:
         positions = sampling.num_frames * engine.checkpoint.config.num_patches
         enough = ENOUGH_POSITIONS[engine.device.type]
         self._encode_size = max(1, min(batch, -(-enough // positions)))
+        self._has_said = False
         # what `_wanted` has said, by all of an item that `generation` looks at
         self._wanted_of: dict[tuple[object, ...], dict[str, Any]] = {}
 
@@ -353,8 +354,10 @@ class Job:
                     yield Ready(work, found, 0.0)
                 else:
                     clips.append((work, found))
-            if clips:
-                yield from self.encode_clips(clips)
+            while clips:
+                some = clips[: self._encode_size]  # fewer since memory did not suffice
+                del clips[: len(some)]
+                yield from self.encode_clips(some)
 
     def encode_clips(self, clips: Sequence[tuple[Work, Clip]]) -> Iterator[Ready | Failed]:
         """Turn one batch of clips into tokens, and keep them where there is a cache."""
@@ -379,8 +382,13 @@ class Job:
         except Exception as error:
             if is_out_of_memory(error) and 1 < len(clips) <= self._encode_size:
                 self._encode_size = len(clips) // 2
-                self._say(f"out of memory: encoding {self._encode_size} clips at a time")
+                self._say_fewer()
             raise
+
+    def _say_fewer(self) -> None:
+        if not self._has_said:
+            self._say(f"out of memory: encoding {self._encode_size} clips at a time, or fewer")
+        self._has_said = True
 
     def _records(self, talk: Dialogue | Failed) -> Iterator[Record]:
         """Make the records of a conversation that is over: nobody finds half of one."""

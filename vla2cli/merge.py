@@ -1,4 +1,4 @@
-"""`vla2 merge`: the ledgers of shards, or of any runs, joined into one.
+"""The ledgers of shards, or of any runs, joined into one.
 
 Within one ledger the last record of a key wins. Of several ledgers, the same record is taken once,
 and an error gives way to a text, or to the error of a later ledger; two texts that say different
@@ -9,20 +9,17 @@ and by line.
 from __future__ import annotations
 
 import codecs
-import dataclasses
 import hashlib
-import json as jsonlib
+import json
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
-import typer
 
-from vla2cli import options as opt
-from vla2cli.console import Console, count, print_data
+from vla2cli.console import count
 from vla2cli.errors import LedgerError, UsageError, why
 from vla2cli.ledger import (
     Key,
@@ -35,68 +32,9 @@ from vla2cli.ledger import (
     refuse_held,
 )
 
-EXAMPLES = opt.epilog(
-    "vla2 merge .demo/captions.jsonl -o .demo/last.jsonl --force",
-    "vla2 merge .demo/captions.jsonl .demo/captions.jsonl -o .demo/both.jsonl --force",
-)
 # between two records that are the same; a mean's last bits depend on what else was in the batch
 MAY_DIFFER = ("created", "timings_s", "logprob_mean")
 SHOWN_CHARS = 60  # of a question in a message
-
-
-def merge(
-    ledgers: Annotated[
-        list[str], typer.Argument(metavar="LEDGER", help="JSON Lines files that vla2 wrote.")
-    ],
-    output: Annotated[
-        str | None,
-        typer.Option("--output", "-o", envvar="VLA2_OUTPUT", help="The new ledger."),
-    ] = None,
-    force: Annotated[
-        bool,
-        typer.Option("--force", "-f", help="Replace an output that exists; it becomes FILE.bak-N."),
-    ] = False,
-    json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
-    debug: opt.Debug = False,
-) -> None:
-    """Join the ledgers of shards, or of any runs, into one.
-
-    The same record is taken once, and an error gives way to a text, or to a later ledger's error.
-    Where two texts under one key differ, nothing is written. The ledgers themselves are not
-    changed.
-    """
-    console = Console(quiet=quiet, verbose=verbose)
-    if output in (None, "", "-"):
-        raise UsageError("merge writes a new ledger: give -o FILE")
-    merged = merge_ledgers(ledgers, output, force=force)
-    if json:
-        print_data(dataclasses.asdict(merged))
-    for source in merged.inputs:
-        console.detail(
-            f"{source.path}: {count(source.records, 'record')}, {count(source.keys, 'key')}, "
-            f"{source.taken:,} taken"
-        )
-        _note_left_out(source, console)
-    console.note(
-        f"{output}: {count(merged.records, 'record')} of {count(len(ledgers), 'ledger')}, "
-        f"{merged.done:,} done, {count(merged.errors, 'error')}"
-    )
-    is_short = any(source.bad_lines or source.torn_bytes for source in merged.inputs)
-    raise typer.Exit(3 if is_short else 0)
-
-
-def _note_left_out(source: Input, console: Console) -> None:
-    if source.torn_bytes:
-        console.note(
-            f"vla2: {source.path}: {source.torn_bytes} bytes of an unfinished record left out"
-        )
-    if source.bad_lines:
-        console.note(
-            f"vla2: {source.path}: lines that are no record: {len(source.bad_lines):,}, left out "
-            f"(first: {source.bad_lines[0]}); see: vla2 verify {source.path}"
-        )
 
 
 @dataclass
@@ -120,6 +58,11 @@ class Merged:
     done: int
     errors: int
     inputs: tuple[Input, ...]
+
+    @property
+    def is_short(self) -> bool:
+        """Whether lines of the inputs were left out that are no records."""
+        return any(source.bad_lines or source.torn_bytes for source in self.inputs)
 
 
 class _Kept(NamedTuple):
@@ -233,7 +176,7 @@ def _content(record: Record, only: str | None = None) -> bytes:
     try:
         text = orjson.dumps(fixed, option=orjson.OPT_SORT_KEYS)
     except TypeError:  # what only the plain writer takes
-        text = jsonlib.dumps(fixed, sort_keys=True).encode()
+        text = json.dumps(fixed, sort_keys=True).encode()
     return hashlib.blake2b(text, digest_size=16).digest()
 
 

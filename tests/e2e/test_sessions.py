@@ -19,11 +19,11 @@ from vla2_models.hub import BUILTIN, has_builtin
 from vla2_models.miniature import MODEL_ID
 from vla2cli import Engine
 from vla2cli.config import GenerationChoice
-from vla2cli.features import PROMPT, VISUAL
 from vla2cli.media.frames import read_frames
 from vla2cli.preprocess import fit_frame, normalise
 from vla2cli.prompt import build_prompt
 from vla2cli.record import FIELDS
+from vla2cli.tensors import PROMPT, VISUAL
 
 COMMANDS = ("caption", "ask", "plan", "features", "models", "export", "world", "verify", "merge")
 # file name -> how a record spells it

@@ -97,15 +97,13 @@ def entry(tmp_path):
 def test_clip_and_tokens_come_back_bit_for_bit(tmp_path, dtype, parts):
     encoded = make_encoded(dtype, **parts)
     open_cache(tmp_path).put(KEY, encoded)
-    cache = open_cache(tmp_path)
-    found = cache.get(KEY, HERE)
+    found = open_cache(tmp_path).get(KEY, HERE)
     assert_same_bits(found.media.visual, encoded.media.visual)
     assert_same_bits(found.media.audio, encoded.media.audio)
     timings_s = found.clip.timings_s
     assert found.clip == replace(encoded.clip, state=HERE, timings_s=timings_s)
     assert set(timings_s) == {"read", "preprocess"}
     assert 0 < timings_s["read"] < 60
-    assert (cache.hits, cache.misses) == (1, 0)
 
 
 @pytest.mark.parametrize("kind", ["av", "video", "image", "audio"])
@@ -154,9 +152,7 @@ def test_clip_without_its_pixels_and_samples_is_not_encoded_as_if_it_had_none(ki
 
 
 def test_what_was_never_put_is_a_miss(tmp_path):
-    cache = open_cache(tmp_path)
-    assert cache.get(KEY, STATE) is None
-    assert (cache.hits, cache.misses) == (0, 1)
+    assert open_cache(tmp_path).get(KEY, STATE) is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -181,7 +177,6 @@ def test_tokens_that_are_not_finite_are_neither_kept_nor_given(tmp_path, value, 
 def assert_is_missed(entry):
     cache = open_cache(entry.parents[1])
     assert cache.get(KEY, STATE) is None
-    assert (cache.hits, cache.misses) == (0, 1)
     assert not entry.exists()
     cache.put(KEY, make_encoded())
     assert cache.get(KEY, STATE) is not None
@@ -195,7 +190,6 @@ def test_no_flipped_bit_goes_unnoticed(entry):
         spoiled[idx] ^= 1 << idx % 8
         entry.write_bytes(spoiled)
         assert cache.get(KEY, STATE) is None, f"byte {idx}: {whole[idx]:#x} -> {spoiled[idx]:#x}"
-    assert cache.misses == len(whole)
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, -1, -40])

@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from inspect import ismodule
 from pathlib import Path
 
 import pytest
+
+import vla2cli
 
 HEAVY = {
     *("torch", "torchvision", "transformers", "timm", "decord", "av", "triton", "matplotlib"),
@@ -52,6 +55,12 @@ def test_help_and_bare_import_load_nothing_heavy(arguments):
     loaded = set(json.loads(done.stdout.splitlines()[-1]))
     assert "vla2cli" in loaded
     assert not loaded & HEAVY
+
+
+def test_no_module_takes_the_place_of_a_name_of_the_package():
+    for name in vla2cli.__all__:
+        getattr(vla2cli, name)  # imports where it lives
+    assert not any(ismodule(getattr(vla2cli, name)) for name in vla2cli.__all__)
 
 
 def test_outer_folders_are_no_packages():

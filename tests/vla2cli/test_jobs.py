@@ -418,6 +418,29 @@ def test_clip_that_cannot_be_encoded_costs_one_record(pool):
     assert {error["stage"] for error in failed.values()} == {"encode"}
 
 
+def test_shortage_of_memory_is_said_once_and_the_next_batches_are_smaller(pool, tmp_path):
+    tried, said = [], []
+
+    class Small(Engine):
+        """Has memory for two clips."""
+
+        def encode(self, clips):
+            tried.append(len(clips))
+            if len(clips) > 2:
+                raise MemoryError
+            return super().encode(clips)
+
+    for i in range(16):
+        shutil.copy(EXAMPLES / "05.mp4", tmp_path / f"{i:02}.mp4")
+    engine = Small(tiny_engine().checkpoint, device="cpu")
+    job = make_job(pool, engine=engine, batch=8, say=said.append)
+    records = list(job.run(job.plan(find_items([str(tmp_path)]).items).todo))
+    assert len({record["text"] for record in records}) == 1
+    assert len(records) == 16
+    assert tried == [8, 4, 2, 2, 4, 2, 2, 2, 2, 2, 2]
+    assert said == ["out of memory: encoding 4 clips at a time, or fewer"]
+
+
 # clips that were encoded before
 
 
@@ -441,6 +464,16 @@ def test_second_run_decodes_and_encodes_nothing_and_says_the_same(tmp_path, over
         caption, counts = run_cached(pool, EXAMPLES, cache)  # of the same clips
         assert (counts["decoded"], counts["recalled"]) == (0, 9)
         assert caption == run_cached(pool, EXAMPLES, None)[0]
+
+
+def test_clip_of_a_spoiled_entry_alone_is_decoded_and_encoded_again(pool, clips, tmp_path):
+    cache = TokenCache.open(tmp_path / "tokens", 10**9)
+    before, _ = run_cached(pool, clips, cache)
+    spoiled = next((tmp_path / "tokens").glob("??/*.safetensors"))
+    spoiled.write_bytes(spoiled.read_bytes()[:-1])
+    after, counts = run_cached(pool, clips, cache)
+    assert (counts["decoded"], counts["encoded"], counts["recalled"]) == (1, 1, 2)
+    assert after == before
 
 
 def test_other_frames_of_a_clip_are_another_entry(pool, clips, tmp_path):

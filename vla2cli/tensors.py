@@ -20,6 +20,7 @@ from vla2cli.ledger import Record
 from vla2cli.media.records import Clip
 from vla2cli.plan import Sampling, Work
 from vla2cli.record import clip_fields, error_field, make_record
+from vla2cli.stats import Stats
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -183,7 +184,7 @@ def _records(
     for (question,) in work.conversations:
         ask = Ask(question, job.sampling.medium_of(work.item))
         (tensors,) = in_parts(
-            lambda rows: [compute(job.engine, found, rows[0], job.settings, names)],
+            lambda rows: [compute(job.engine, found, rows[0], job.settings, names, job.stats)],
             [ask],
             "encode",
         )
@@ -203,7 +204,12 @@ def _records(
 
 
 def compute(
-    engine: Engine, clip: Clip, ask: Ask, settings: GenerationSettings, names: Iterable[str]
+    engine: Engine,
+    clip: Clip,
+    ask: Ask,
+    settings: GenerationSettings,
+    names: Iterable[str],
+    stats: Stats,
 ) -> dict[str, Tensor]:
     """Run the stages up to the last one that is wanted.
 
@@ -213,6 +219,7 @@ def compute(
         ask: the prompt, for the stages from `input_ids` on; its media are ignored.
         settings: for `generated_ids`.
         names: any of `TENSORS`; those of what is not seen or not heard are left out.
+        stats: told how long each stage works.
 
     Returns:
         The wanted tensors on the CPU, named and shaped as in `TENSORS`.
@@ -224,12 +231,14 @@ def compute(
     needs_media = bool(wanted & set(list(PROMPT)[1:]))
     last = {"projector_tokens", "audio_tokens"}  # what the prompt takes
     made: dict[str, Tensor] = {}
-    if clip.is_seen:
-        made |= _visual_tensors(engine, clip, wanted | last if needs_media else wanted)
-    if clip.sound is not None:
-        made |= _audio_tensors(engine, clip, wanted | last if needs_media else wanted)
+    with stats.working("tower"):
+        if clip.is_seen:
+            made |= _visual_tensors(engine, clip, wanted | last if needs_media else wanted)
+        if clip.sound is not None:
+            made |= _audio_tensors(engine, clip, wanted | last if needs_media else wanted)
     if wanted & set(PROMPT):
-        made |= _prompt_tensors(engine, made, ask, settings, wanted)
+        with stats.working("language"):
+            made |= _prompt_tensors(engine, made, ask, settings, wanted)
     if not wanted & set(made):
         listed = ", ".join(name for name in TENSORS if name in wanted)
         raise InputError(
@@ -237,7 +246,8 @@ def compute(
             kind="no-tensors",
             stage="encode",
         )
-    return {name: made[name].cpu().contiguous() for name in made if name in wanted}
+    with stats.working("tower"):  # a GPU has only been told what to do
+        return {name: made[name].cpu().contiguous() for name in made if name in wanted}
 
 
 def _visual_tensors(engine: Engine, clip: Clip, wanted: set[str]) -> dict[str, Tensor]:

@@ -12,8 +12,14 @@ from tests.sounds import tone, write_movie
 from tests.tiny import tiny_av_engine, tiny_engine
 from vla2cli.api import features
 from vla2cli.config import GenerationChoice
+from vla2cli.engine import Engine
 from vla2cli.errors import UsageError
-from vla2cli.features import (
+from vla2cli.inputs import find_items
+from vla2cli.jobs import Job
+from vla2cli.ledger import read_records
+from vla2cli.media.pool import DecodePool
+from vla2cli.plan import Sampling, Task
+from vla2cli.tensors import (
     DEFAULT_TENSORS,
     LEDGER_NAME,
     TENSORS,
@@ -22,11 +28,6 @@ from vla2cli.features import (
     parse_tensors,
     run_features,
 )
-from vla2cli.inputs import find_items
-from vla2cli.jobs import Job
-from vla2cli.ledger import read_records
-from vla2cli.media.pool import DecodePool
-from vla2cli.plan import Sampling, Task
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -105,6 +106,32 @@ def test_time_of_a_run_begins_with_its_files(clip, tmp_path):
         (record,) = run_features(job, works, tmp_path / "out", ("frame_indices",))
         assert job.stats.elapsed_s <= time.monotonic() - began
     assert record["file"] == "01.mp4.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("slow", "names", "bottleneck"),
+    [
+        ("vision_features", ("vision_features",), "tower"),
+        ("answer", ("vision_features", "generated_ids"), "language"),
+    ],
+)
+def test_stage_that_takes_longest_is_the_bottleneck(clip, tmp_path, slow, names, bottleneck):
+    class Slow(Engine):
+        """Takes two seconds for one of its stages."""
+
+    def sleep(self, *args):
+        time.sleep(2)
+        return getattr(super(Slow, self), slow)(*args)
+
+    setattr(Slow, slow, sleep)
+    engine = Slow(tiny_engine().checkpoint, device="cpu")
+    with DecodePool(1) as pool:
+        settings = engine.settings(GenerationChoice(max_new_tokens=4))
+        job = Job(engine, Task("features"), Sampling(8), settings, pool)
+        works = job.plan(find_items([str(clip)]).items).todo
+        list(run_features(job, works, tmp_path / "out", names))
+    assert job.stats.bottleneck == bottleneck
+    assert 2 <= job.stats.busy_s[bottleneck] < 6
 
 
 def test_name_as_long_as_a_file_system_takes_gets_a_file(clip, tmp_path):
