@@ -215,7 +215,8 @@ Decoder = Annotated[
     _option("--decoder", help="decord repeats the reference where it reads wrong frames, too."),
 ]
 DecodeTimeout = Annotated[
-    float, _option("--decode-timeout", help="Seconds that one file may take to decode, given a core.")
+    float,
+    _option("--decode-timeout", help="Seconds that one file may take to decode, given a core."),
 ]
 DecodeMemory = Annotated[
     float, _option("--decode-memory", help="GB of memory that one file may take to decode.")
