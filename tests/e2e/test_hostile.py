@@ -190,7 +190,7 @@ def test_second_ctrl_c_leaves_at_once(vla2, make_clips, tmp_path, read_ledger, w
     assert read_ledger(ledger) == {}
 
 
-@pytest.mark.parametrize("delay_s", [0.3, 0.45, 0.6, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("delay_s", [0.3, 0.45, 0.6, 1.0, 2.0])
 def test_ctrl_c_while_loading_is_obeyed(vla2, make_clips, tmp_path, delay_s):
     run = vla2.start("caption", make_clips(8), "-o", tmp_path / "captions.jsonl")
     time.sleep(delay_s)
