@@ -35,6 +35,7 @@ FORMAT = 1  # to be raised with every change to an entry, and to what is made of
 READERS = ("av", "decord", "pillow")
 
 DEFAULT_CACHE_SIZE = "20GB"
+LEAST_CACHE_BYTES = 10**6  # of a 7B's clips one takes several times that
 _UNITS = {"mb": 10**6, "gb": 10**9, "tb": 10**12}
 _SIZE = re.compile(rf"([0-9]{{1,9}}(?:\.[0-9]{{1,9}})?) ?({'|'.join(_UNITS)})")
 
@@ -51,12 +52,14 @@ def parse_size(text: str) -> int:
     """Read a size in bytes: `20GB`, `500 MB`, `1.5tb`; units of 10, as on the disk's box.
 
     Raises:
-        UsageError: the text is no size above 0.
+        UsageError: the text is no size, or less than 1MB.
     """
     match = _SIZE.fullmatch(text.strip().lower())
     size_bytes = int(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if size_bytes < 1:
-        raise UsageError(f"'--cache-size {text}': expected a size like 20GB or 500MB")
+    if size_bytes < LEAST_CACHE_BYTES:
+        raise UsageError(
+            f"'--cache-size {text}': expected a size like 20GB or 500MB, and at least 1MB"
+        )
     return size_bytes
 
 

@@ -645,8 +645,8 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if shows_traceback else "error")
     try:
         code = app(arguments, standalone_mode=False, prog_name="vla2")
-    except typer.Abort:  # Ctrl-C before there was a run
-        code = _fail("ended by SIGINT; nothing was run", 130)
+    except KeyboardInterrupt:  # while typer reads the commands; within one it makes 130 of it
+        code = 130
     except typer.TyperException as error:
         code = _fail(_describe_usage(error), error.exit_code)
     except (Vla2Error, CheckpointError) as error:

@@ -235,6 +235,7 @@ class Ledger:
             force: rename an existing file to FILE.bak-N and start anew.
 
         Raises:
+            UsageError: as `check_output`.
             LedgerBusyError: another process holds the lock.
             LedgerError: the file cannot be written or is not a ledger; it was not changed.
         """
@@ -401,7 +402,7 @@ def new_ledger(
         What takes the lines, each with its newline.
 
     Raises:
-        UsageError: it exists.
+        UsageError: it exists, or as `check_output`.
         LedgerBusyError: another process holds the lock.
         LedgerError: it cannot be written; nothing was changed.
     """
@@ -432,7 +433,7 @@ def check_new(path: str | os.PathLike[str], *, force: bool = False) -> None:
 
     Raises:
         UsageError: something does, and it is not to be renamed by `force`.
-        LedgerError: as `check_output`.
+        UsageError, LedgerError: as `check_output`.
     """
     name = os.fspath(path)
     if os.path.lexists(check_output(name)) and not force:
@@ -536,28 +537,29 @@ def check_output(name: str) -> Path:
         The path without links.
 
     Raises:
-        LedgerError: it is something else, or its folder does not exist.
+        UsageError: it is something else, or its folder does not exist.
+        LedgerError: it cannot be looked at.
     """
     real = Path(os.path.realpath(name))
     # /dev/stdout may lead to a regular file, which the shell has open already
     if str(Path(name).absolute()).startswith(("/dev/std", "/dev/fd/", "/proc/")):
-        raise LedgerError(f"'{name}' is not a regular file; -o - writes to stdout")
+        raise UsageError(f"'{name}' is not a regular file; -o - writes to stdout")
     try:
         mode = real.stat().st_mode
     except FileNotFoundError:
         if name.endswith("/"):
-            raise LedgerError(f"'{name}' is a folder; -o takes a file") from None
+            raise UsageError(f"'{name}' is a folder; -o takes a file") from None
         if not real.parent.is_dir():
-            raise LedgerError(
-                f"'{real.parent}' does not exist; create it or choose another -o"
+            raise UsageError(
+                f"'{name}': there is no folder '{real.parent}'; create it or choose another -o"
             ) from None
         return real
     except OSError as error:
         raise LedgerError(f"cannot write '{name}': {why(error)}") from error
     if stat.S_ISDIR(mode):
-        raise LedgerError(f"'{name}' is a folder; -o takes a file")
+        raise UsageError(f"'{name}' is a folder; -o takes a file")
     if not stat.S_ISREG(mode):
-        raise LedgerError(f"'{name}' is not a regular file; -o - writes to stdout")
+        raise UsageError(f"'{name}' is not a regular file; -o - writes to stdout")
     return real
 
 

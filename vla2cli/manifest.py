@@ -86,7 +86,7 @@ def read_manifest(
         with open(path, "rb") as file:  # noqa: PTH123  the name may hold any bytes
             return reading.read(file, needs_question)
     except OSError as error:
-        raise UsageError(f"'{path}' cannot be read: {why(error)}") from error
+        raise _unreadable(path, "--manifest", error) from error
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def read_questions(path: str, *, stdin: BinaryIO | None = None) -> list[str]:
             with open(path, "rb") as file:  # noqa: PTH123  the name may hold any bytes
                 data = file.read()
     except OSError as error:
-        raise UsageError(f"'{path}' cannot be read: {why(error)}") from error
+        raise _unreadable(path, "--questions", error) from error
     name = "standard input" if path == "-" else path
     questions: dict[str, None] = {}
     for number, raw in enumerate(data.removeprefix(codecs.BOM_UTF8).splitlines(), 1):
@@ -199,6 +199,12 @@ def read_questions(path: str, *, stdin: BinaryIO | None = None) -> list[str]:
     if not questions:
         raise UsageError(f"'{name}' holds no question; expected one in each line")
     return list(questions)
+
+
+def _unreadable(path: str, flag: str, error: OSError) -> UsageError:
+    if isinstance(error, IsADirectoryError):
+        return UsageError(f"'{path}' is a folder; {flag} takes a file")
+    return UsageError(f"'{path}' cannot be read: {why(error)}")
 
 
 def _read_json(file: Iterable[bytes], name: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -20,7 +20,7 @@ from vla2cli.console import (
     format_size,
     print_data,
 )
-from vla2cli.errors import InputError, UsageError
+from vla2cli.errors import InputError, NoInputError, UsageError
 from vla2cli.inputs import Found, Item, Note, find_items
 from vla2cli.jobs import Job, Totals
 from vla2cli.ledger import Ledger, Record, check_output, read_index
@@ -327,7 +327,11 @@ def _note_plan(plan: Plan, path: str | None, console: Console) -> None:
 
 
 def _preview(job: Job, plan: Plan, console: Console) -> int:
-    """Say what would be done: first the items to do, then those to skip; as JSON Lines."""
+    """Say what would be done: first the items to do, then those to skip; as JSON Lines.
+
+    Returns:
+        The exit code: as of `vla2 plan`, 4 where no file can be used.
+    """
     files = dict.fromkeys((work.item.path, work.item.kind) for work in plan.todo)
     probes = {file: job.pool.submit_probe(*file) for file in files}
     num_unreadable = 0
@@ -344,12 +348,14 @@ def _preview(job: Job, plan: Plan, console: Console) -> int:
     for works, why in ((plan.done, "done"), (plan.failed, "error")):
         for work in works:
             print_data({**_preview_line(job, work.item, "skip"), "why": why})
-    done = count_records(plan.done) + count_records(plan.failed)
+    num_todo = count_records(plan.todo) - num_unreadable
+    num_done, num_failed = count_records(plan.done), count_records(plan.failed)
     console.note(
-        f"{count_records(plan.todo) - num_unreadable:,} to do, {done:,} done, "
-        f"{num_unreadable:,} unreadable; nothing was run"
+        f"{num_todo:,} to do, {num_done + num_failed:,} done, {num_unreadable:,} unreadable; "
+        "nothing was run"
     )
-    return 0
+    is_dead = num_unreadable + num_failed > 0 and num_todo + num_done == 0
+    return NoInputError.exit_code if is_dead else 0
 
 
 def _preview_line(job: Job, item: Item, action: str) -> dict[str, Any]:

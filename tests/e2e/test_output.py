@@ -83,13 +83,13 @@ def test_reader_that_leaves_early_sees_no_traceback(vla2):
 def test_output_that_cannot_be_written_is_refused_and_left_alone(vla2, make_clips, tmp_path):
     clips = make_clips(1)
     (tmp_path / "notes.txt").write_text("buy milk\n")
-    messages = {
-        "gone/captions.jsonl": "gone' does not exist; create it or choose another -o",
-        "notes.txt": "is not a vla2 ledger: line 1 ",
+    refusals = {
+        "gone/captions.jsonl": (2, "gone'; create it or choose another -o"),
+        "notes.txt": (1, "is not a vla2 ledger: line 1 "),
     }
-    calls = [partial(vla2, "caption", clips, "-o", tmp_path / name, "-q") for name in messages]
-    for done, message in zip(together(*calls), messages.values(), strict=True):
-        assert (done.code, done.stdout) == (1, "")
+    calls = [partial(vla2, "caption", clips, "-o", tmp_path / name, "-q") for name in refusals]
+    for done, (code, message) in zip(together(*calls), refusals.values(), strict=True):
+        assert (done.code, done.stdout) == (code, "")
         assert done.stderr.startswith("vla2: ")
         assert done.stderr.count("\n") == 1
         assert message in done.stderr

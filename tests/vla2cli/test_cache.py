@@ -319,7 +319,7 @@ def test_same_weights_under_another_path_are_the_same_encoder(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "size_bytes"),
-    [("20GB", 20 * 10**9), ("500mb", 5 * 10**8), (" 1.5 TB ", 15 * 10**11), ("0.5MB", 500_000)],
+    [("20GB", 20 * 10**9), ("500mb", 5 * 10**8), (" 1.5 TB ", 15 * 10**11), ("1.0MB", 10**6)],
 )
 def test_size_is_read_in_units_of_ten(text, size_bytes):
     assert parse_size(text) == size_bytes
@@ -327,10 +327,14 @@ def test_size_is_read_in_units_of_ten(text, size_bytes):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "20", "GB", "0GB", "-1GB", "1e3GB", "nanGB", "20GiB", "20KB", "1,5GB", "٣GB", "9" * 400],
+    [
+        *("", "20", "GB", "-1GB", "1e3GB", "nanGB", "20GiB", "1,5GB", "٣GB", "9" * 400),
+        *("0", "0GB", "1KB", "0.999999MB"),
+    ],
 )
-def test_size_that_is_none_is_refused(text):
-    with pytest.raises(UsageError, match=r"^'--cache-size .*': expected a size like 20GB or"):
+def test_what_is_no_size_or_less_than_a_megabyte_is_refused(text):
+    expected = r"^'--cache-size .*': expected a size like 20GB or 500MB, and at least 1MB$"
+    with pytest.raises(UsageError, match=expected):
         parse_size(text)
 
 

@@ -51,6 +51,11 @@ def said(capsys, tmp_path, monkeypatch):
         (["caption", "a.mp4", "--stats", "a.mp4"], "'--stats a.mp4' exists and holds no stat"),
         (["caption", "a.mp4", "--stats", "no/s.json"], "'--stats no/s.json': there is no folder"),
         (["ask", "a.mp4", "A?", "-o", "l", "--stats", "l.lock"], "belongs to the output 'l'"),
+        (["ask", "--manifest", "."], "'.' is a folder; --manifest takes a file"),
+        (["caption", "--manifest", "./"], "'./' is a folder; --manifest takes a file"),
+        (["ask", "a.mp4", "--questions", "."], "'.' is a folder; --questions takes a file"),
+        (["caption", "a.mp4", "--cache-size", "0"], "'--cache-size 0': expected a size like 20GB"),
+        (["caption", "a.mp4", "--cache-size", "1KB"], "or 500MB, and at least 1MB"),
         (["caption", "b.mp4"], "'b.mp4' does not exist; did you mean 'a.mp4'?"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -63,10 +68,20 @@ def test_wrong_usage_is_one_line_and_exit_2(said, arguments, line):
     assert err.count("\n") == 1
 
 
-def test_missing_folder_of_the_output_is_said_before_a_model_is_looked_for(said):
-    code, _, err = said("caption", "a.mp4", "-o", "no/such.jsonl", "-m", "x")
-    assert code == 1
-    assert "no' does not exist" in err
+@pytest.mark.parametrize(
+    ("output", "line"),
+    [
+        ("no/such.jsonl", "'no/such.jsonl': there is no folder '"),
+        (".", "'.' is a folder; -o takes a file"),
+        ("/dev/null", "'/dev/null' is not a regular file; -o - writes to stdout"),
+    ],
+    ids=["missing folder", "folder", "device"],
+)
+def test_wrong_output_is_wrong_usage_before_a_model_is_looked_for(said, output, line):
+    code, out, err = said("caption", "a.mp4", "-o", output, "-m", "x")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"vla2: {line}")
+    assert err.count("\n") == 1
 
 
 def test_yaml_takes_one_question_without_a_list(said, tmp_path):

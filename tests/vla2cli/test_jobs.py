@@ -169,8 +169,9 @@ def test_failed_file_is_recorded_as_it_was_when_it_was_read(pool, clips, tmp_pat
         assert job.plan(items).todo
 
 
-def test_touched_broken_file_is_not_tried_again(pool, clips, tmp_path):
-    (clips / "bad.mp4").write_text("no video")
+@pytest.mark.parametrize("content", [b"no video", b""], ids=["text", "empty"])
+def test_touched_broken_file_is_not_tried_again(pool, clips, tmp_path, content):
+    (clips / "bad.mp4").write_bytes(content)
     with Ledger.open(tmp_path / "ledger.jsonl") as ledger:
         run(make_job(pool, ledger), clips)
         os.utime(clips / "bad.mp4", ns=(1, 1))

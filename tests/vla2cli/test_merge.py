@@ -256,7 +256,7 @@ def test_what_cannot_be_merged_is_one_line(paths, vla2, tmp_path):
     for arguments, code, message in (
         ((a,), 2, "merge writes a new ledger: give -o FILE"),
         ((a, "-o", "-"), 2, "merge writes a new ledger: give -o FILE"),
-        ((a, "-o", tmp_path / "no/c"), 1, f"'{tmp_path}/no' does not exist; create it or"),
+        ((a, "-o", tmp_path / "no/c"), 2, f"there is no folder '{tmp_path}/no'; create it or"),
         ((tmp_path / "gone", "-o", c), 1, f"cannot read '{tmp_path}/gone': no such file"),
         ((tmp_path, "-o", c), 1, f"'{tmp_path}' is not a regular file"),
         ((tmp_path / "pipe", "-o", c), 1, f"'{tmp_path}/pipe' is not a regular file"),

@@ -17,8 +17,13 @@ _SPECIAL = (
 )
 
 
-def check_file(path: str, *, allow_folder: bool = False) -> int:
+def check_file(path: str, *, allow_folder: bool = False, allow_empty: bool = False) -> int:
     """Refuse what no decoder should be given; opening a pipe would wait for ever.
+
+    Args:
+        path: the file.
+        allow_folder: of frames.
+        allow_empty: of which nothing is decoded.
 
     Returns:
         The size in bytes; of a folder, that of the files directly in it.
@@ -39,7 +44,7 @@ def check_file(path: str, *, allow_folder: bool = False) -> int:
             pass
     except (OSError, ValueError) as error:
         raise _open_error(error) from error
-    if mode.st_size == 0:
+    if mode.st_size == 0 and not allow_empty:
         raise _refused("the file is empty", "empty-file")
     return mode.st_size
 

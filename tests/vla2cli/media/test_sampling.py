@@ -53,6 +53,12 @@ def test_a_lone_negative_end_is_not_repaired():
         frame_range(100, 10.0, None, -1.0)
 
 
+def test_start_at_the_very_end_gives_the_last_frame_and_one_beyond_it_none():
+    assert frame_range(50, 10.0, 5.0, None) == (49, 49)  # int(s * fps) - 1, as the reference has it
+    with pytest.raises(InputError, match=r"5\.1 s and the end: the video is 5\.00 s long \(50 fr"):
+        frame_range(50, 10.0, 5.1, None)
+
+
 def test_more_than_32_frames_are_cut():
     assert len(sample_indices(1000, 10.0, 40)) == MAX_FRAMES
     assert len(sample_indices(1000, 10.0, None)) == MAX_FRAMES
