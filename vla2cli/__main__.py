@@ -1,5 +1,7 @@
 """The way in, `vla2` or `python -m vla2cli`: here Ctrl-C is one line from the first import on."""
 
+import atexit
+import gc
 import os
 import signal
 from types import FrameType
@@ -11,6 +13,10 @@ def main() -> None:
     is_obeyed = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_obeyed:
         signal.signal(signal.SIGINT, _leave)
+    # a million objects are imported and stay: to look for garbage among them takes a second, and
+    # most of another one at the end, when nothing is left to be written or closed
+    gc.set_threshold(10_000)
+    atexit.register(gc.freeze)
     from vla2cli.cli import main as run
 
     if is_obeyed:

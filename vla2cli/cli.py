@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
-import gc
 import os
 import sys
 from collections import Counter
@@ -635,10 +633,6 @@ def main(argv: list[str] | None = None) -> None:
     # a stream that the caller closed: what is opened next must not take its place
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: PTH123, SIM115  for the whole run
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: PTH123, SIM115
-    # a million objects are imported and stay: looking for garbage among them took a second, and
-    # most of another one at the end
-    gc.set_threshold(10_000)
-    atexit.register(gc.freeze)
     arguments = sys.argv[1:] if argv is None else argv
     shows_traceback = "--debug" in arguments or is_debug()
     # what is wrong with a checkpoint is said once, by us

@@ -161,9 +161,7 @@ class Job:
         self.stats = stats or Stats(pool.num_workers)
         # path -> why a file is not decoded, see `segments.cut_items`
         self.unreadable: Mapping[str, InputError] = {}
-        self._cores = Cores(
-            lambda: pool.num_busy, is_shared=overlap and engine.device.type == "cpu"
-        )
+        self._cores = Cores(is_shared=overlap and engine.device.type == "cpu")
         self._say = say
         # a batch of more positions than that is no faster
         positions = sampling.num_frames * engine.checkpoint.config.num_patches
@@ -299,13 +297,14 @@ class Job:
 
         A clip that is in the cache comes as it was encoded.
         """
+        lookahead = self.batch
+        if self.overlap:  # a batch that waits, one in the making, and no worker is idle meanwhile
+            lookahead = 2 * self._encode_size + 2 * self.pool.num_workers
         batches = decode_ahead(
             works,
             self._start,
             batch=self._encode_size,
-            lookahead=self._encode_size * 2 + 2 * self.pool.num_workers
-            if self.overlap
-            else self.batch,
+            lookahead=lookahead,
             should_stop=should_stop,
         )
         before_s = self.pool.busy_s

@@ -547,7 +547,8 @@ def test_decode_ahead_holds_few_clips_and_yields_all(pool, batch):
     ):
         assert 1 <= len(outcomes) <= batch
         seen += [work.item.id for work, clip in outcomes if len(clip.frames) == 2]
-        assert taken - len(seen) <= batch + 4
+        # what is decoded while these are looked at
+        assert taken == 30 or 4 <= taken - len(seen) <= batch + 4
     assert sorted(seen, key=int) == [str(i) for i in range(30)]
 
 

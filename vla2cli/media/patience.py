@@ -6,7 +6,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-MOST = 10  # times the limit, however busy the machine
+NICENESS = 10  # of workers: decoding ahead is never as urgent as what the model is at
+# times the limit, however busy the machine: beside one other process on its core, which is not
+# nice, a worker has a tenth of it
+MOST = 10
 
 
 def wait_answer(sock: socket.socket, pid: int, limit_s: float) -> None:
@@ -15,29 +18,31 @@ def wait_answer(sock: socket.socket, pid: int, limit_s: float) -> None:
     Args:
         sock: where it comes from.
         pid: of the process.
-        limit_s: seconds; those in which a thread of it waited for a core do not count.
+        limit_s: seconds; those in which it waited for a core do not count.
 
     Raises:
         TimeoutError: it had its time and said nothing.
     """
     poll = select.poll()  # unlike `select` it takes any number
     poll.register(sock, select.POLLIN)
-    started, before_s, queued_s = time.monotonic(), queued_seconds(pid), 0.0
+    started, before, queued_s = time.monotonic(), queued_seconds(pid), 0.0
     while True:
         left_s = started + limit_s + queued_s - time.monotonic()
         if poll.poll(max(0.0, left_s) * 1e3):
             return
-        more_s = min(queued_seconds(pid) - before_s, (MOST - 1) * limit_s)
+        # threads wait for each other as well: the one that had to wait longest tells
+        longest_s = max((s - before.get(i, 0.0) for i, s in queued_seconds(pid).items()), default=0)
+        more_s = min(longest_s, (MOST - 1) * limit_s)
         if more_s <= queued_s:
             raise TimeoutError
         queued_s = more_s
 
 
-def queued_seconds(pid: int) -> float:
-    """Sum what the threads of a process have waited for a core; 0 where nobody counts it."""
-    total_ns = 0
+def queued_seconds(pid: int) -> dict[str, float]:
+    """Tell for how long each thread of a process has waited for a core; empty but on Linux."""
+    found = {}
     with suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
             with suppress(OSError):  # a thread ends at any time
-                total_ns += int((task / "schedstat").read_text().split()[1])
-    return total_ns / 1e9
+                found[task.name] = int((task / "schedstat").read_text().split()[1]) / 1e9
+    return found

@@ -122,8 +122,8 @@ class DecodePool:
 
         Args:
             num_workers: processes, at least 1.
-            timeout_s: wall clock for one file, see `wait_answer`; hashing has another one that
-                grows with the size.
+            timeout_s: for one file, without the time in which there was no core for it; hashing
+                has another limit that grows with the size.
             memory_bytes: what a worker may take on top of what it has when it starts.
         """
         if num_workers < 1:
@@ -132,7 +132,6 @@ class DecodePool:
         self._tasks: queue.SimpleQueue[_Task[Any] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._workers: set[_Worker] = set()
-        self._num_open = 0  # requests that were not answered yet
         self.busy_s = 0.0  # that all workers together have worked
         # the last files, done or in work: segments of one come together, to several workers
         self._hashes: dict[tuple[str, FileState], Future[FileState]] = {}
@@ -185,11 +184,6 @@ class DecodePool:
     def submit_hash(self, path: str) -> Future[FileState]:
         """Tell a file's size, time and SHA-256."""
         return self._submit(lambda owner: self._hash(owner, path))
-
-    @property
-    def num_busy(self) -> int:
-        """Workers that have something to do now, or will in a moment."""
-        return min(self._num_open, self.num_workers)
 
     def worker_pids(self) -> list[int]:
         """List the processes that are alive now."""
@@ -258,7 +252,6 @@ class DecodePool:
         with self._lock:
             if self._is_closed:
                 raise RuntimeError("the pool is closed")
-            self._num_open += 1
             self._tasks.put(_Task(future, run))
         return future
 
@@ -280,7 +273,6 @@ class DecodePool:
             yield
         finally:
             with self._lock:
-                self._num_open -= 1
                 self.busy_s += time.monotonic() - started
 
     def _start(self) -> _Worker:

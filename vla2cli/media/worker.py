@@ -24,13 +24,12 @@ from vla2cli.errors import InputError
 from vla2cli.media import wire
 from vla2cli.media.files import check_file, hash_file, stat_file
 from vla2cli.media.frames import find_kind, probe, read_frames
+from vla2cli.media.patience import NICENESS
 from vla2cli.media.records import Clip, ClipRequest, FileState, Frames, SoundRequest
 from vla2cli.media.sound import read_sound
 from vla2cli.preprocess import FrameGeometry, fit_frame
 
 _PR_SET_PDEATHSIG = 1
-# decoding ahead is never as urgent as what the model is at; a lower rank would starve among others
-_NICENESS = 10
 
 _Answer = tuple[dict[str, Any], memoryview | bytes]
 
@@ -41,7 +40,7 @@ def main(socket_fd: int, parent_pid: int, memory_bytes: int) -> None:
     sock = socket.socket(fileno=socket_fd)
     _die_with_parent(sock, parent_pid)
     if sys.platform == "linux":  # elsewhere nobody could tell a starving worker from one that hangs
-        os.nice(_NICENESS)
+        os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
     _limit_memory(memory_bytes)
     try:
         wire.send(sock, {"ready": os.getpid()})
