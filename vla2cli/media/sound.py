@@ -5,7 +5,7 @@ model hears are cut out of the whole. Of an audio file the first channel is take
 and then resampled by FFT, so that the padding of a resampled file is not quite silent.
 
 For a late range, too, both are decoded from the beginning: after a seek AAC fills in other noise,
-Opus is placed to a millisecond alone, and FFmpeg's resampler begins at another phase.
+Opus is placed only to the millisecond, and FFmpeg's resampler begins at another phase.
 
 Source: upstream VideoLLaMA2, branch audio_visual @8cedfbd, mm_utils.py, `process_audio_file` and
 `process_audio_from_video`.
