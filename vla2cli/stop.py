@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,6 +13,7 @@ from types import FrameType
 from vla2cli.console import Console, Say
 
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ONE_S = 0.3  # signals that come together are one: `timeout` tells its child, then its child's group
 
 
 class Stop:
@@ -46,10 +48,13 @@ class Stop:
     def _take(self, signum: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._pid:  # a fork of this process, which ends it when its time comes
             return
+        now = time.monotonic()
         if self.is_running and self.signum is None:
-            self.signum = signum
+            self.signum, self._since = signum, now
             if not self.console.quiet:
                 _say(f"stopping after the {self.unit} in hand … (once more to end at once)")
+            return
+        if self.is_running and now < self._since + ONE_S:
             return
         if not self.is_running:
             _say(f"vla2: ended by {signal.Signals(signum).name}; nothing was run")

@@ -155,7 +155,8 @@ def test_stopped_run_keeps_its_records_and_is_taken_up(
     run = partial(vla2.start, "caption", make_clips(40), "-o", ledger)
     stopped = run()
     wait_until(lambda: len(read_ledger(ledger)) >= 3)
-    stopped.send_group(signum)
+    stopped.send(signum)
+    stopped.send_group(signum)  # as `timeout` does
     done = stopped.wait(10)
     assert done.code == code
     num_done = len(read_ledger(ledger))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,8 +29,20 @@ def command_line(ctx: typer.Context, name: str) -> str:
     paths: Sequence[str] = ctx.params["paths"] or ()
     # a path that looks like a flag goes behind all of them
     if any(path.startswith("-") and path != "-" for path in paths):
-        return shlex.join(["vla2", name, *flags, "--", *paths])
-    return shlex.join(["vla2", name, *paths, *flags])
+        return _join(["vla2", name, *flags, "--", *paths])
+    return _join(["vla2", name, *paths, *flags])
+
+
+def _join(words: Sequence[str]) -> str:
+    """Quote words so that they can be copied: in print nobody can tell a newline from another."""
+    return " ".join(
+        shlex.quote(word) if word.isprintable() else f"$'{_escape(word)}'" for word in words
+    )
+
+
+def _escape(word: str) -> str:
+    raw = os.fsencode(word).decode("latin-1")  # a character for each byte
+    return re.sub(r"[^\w/. -]", lambda found: f"\\x{ord(found[0]):02x}", raw, flags=re.ASCII)
 
 
 def is_typed(ctx: typer.Context, name: str) -> bool:

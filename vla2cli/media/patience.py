@@ -10,6 +10,7 @@ NICENESS = 10  # of workers: decoding ahead is never as urgent as what the model
 # times the limit, however busy the machine: beside one other process on its core, which is not
 # nice, a worker has a tenth of it
 MOST = 10
+LEAST_S = 60.0  # that a busy machine may take for it, however short the limit
 
 
 def wait_answer(sock: socket.socket, pid: int, limit_s: float) -> None:
@@ -32,7 +33,7 @@ def wait_answer(sock: socket.socket, pid: int, limit_s: float) -> None:
             return
         # threads wait for each other as well: the one that had to wait longest tells
         longest_s = max((s - before.get(i, 0.0) for i, s in queued_seconds(pid).items()), default=0)
-        more_s = min(longest_s, (MOST - 1) * limit_s)
+        more_s = min(longest_s, max((MOST - 1) * limit_s, LEAST_S))
         if more_s <= queued_s:
             raise TimeoutError
         queued_s = more_s

@@ -2,8 +2,10 @@
 
 import inspect
 import json
+import os
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -147,6 +149,20 @@ def test_command_has_the_flags_that_were_typed_quoted(said, folder, monkeypatch)
         "What's new?",
         "Why?",
     ]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_shell_reads_the_names_of_the_command_as_they_are(said, folder):
+    names = [b"new\nline1.mp4", b"bad\xff\xfename.mp4", b"it's\ta tab.mp4", "é und ' .mp4".encode()]
+    paths = [bytes(folder) + b"/" + name for name in names]
+    for path in paths:
+        Path(os.fsdecode(path)).symlink_to(folder / "a.mp4")
+    _, out, _ = said("plan", *map(os.fsdecode, paths), "--calibrate", "0", "--json")
+    command = json.loads(out)["command"]
+    assert command.isprintable()
+    script = command.replace("vla2 caption", "printf '%s\\0'", 1)
+    found = subprocess.run(["bash", "-c", script], check=True, capture_output=True).stdout
+    assert found.split(b"\0")[: len(paths)] == paths
 
 
 def test_manifest_is_planned_as_asked(said, folder, tmp_path):

@@ -51,9 +51,11 @@ def test_seconds_without_a_core_are_waited_for_once_more(ends, monkeypatch):
     assert 3 * LIMIT_S <= waited(ends) < 4.5 * LIMIT_S
 
 
-def test_process_that_never_gets_a_core_is_late_at_the_last(ends, monkeypatch):
+@pytest.mark.parametrize(("least", "last"), [(0, MOST), (14, 15)])
+def test_process_that_never_gets_a_core_is_late_at_the_last(ends, monkeypatch, least, last):
+    monkeypatch.setattr(patience, "LEAST_S", least * LIMIT_S)
     queued_by(monkeypatch, lambda s: s)
-    assert MOST * LIMIT_S <= waited(ends) < (MOST + 3) * LIMIT_S
+    assert last * LIMIT_S <= waited(ends) < (last + 3) * LIMIT_S
 
 
 @pytest.mark.parametrize("end", ["something", "nothing"])
