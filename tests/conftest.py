@@ -1,6 +1,7 @@
 """What several tests need."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,13 @@ def shared() -> Path:
     if not (folder / "golden").is_dir():
         pytest.skip("no shared folder: set VLA2_SHARED to the one with golden/ and media/")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _heard_ctrl_c() -> None:
+    """Let commands under test take notice of Ctrl-C, also where a shell sent these tests behind."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Generic, Protocol, TypeVar
 
@@ -146,17 +146,18 @@ class Ahead(Generic[T]):
 
 
 class Cores:
-    """The processor's cores, divided between the stages that compute at the same moment.
+    """The processor's cores, divided between those who compute at the same moment.
 
     A product that waits for a thread which has no core costs more than one with a single thread.
-    Decoding processes do not count: they give way.
 
     Args:
+        num_others: tells how many other processes compute, as a rule.
         is_shared: False: nothing is divided, as where a GPU computes.
     """
 
-    def __init__(self, *, is_shared: bool) -> None:
+    def __init__(self, num_others: Callable[[], int], *, is_shared: bool) -> None:
         self.is_shared = is_shared
+        self._count_others = num_others
         self._lock = threading.Lock()
         self._num_active = 0
         self._num_cores = 0
@@ -173,7 +174,7 @@ class Cores:
             # the first look is before anybody's share was set
             self._num_cores = self._num_cores or torch.get_num_threads()
             self._num_active += 1
-            share = self._num_cores // self._num_active
+            share = self._num_cores // (self._num_active + self._count_others())
         torch.set_num_threads(max(1, share))
         try:
             yield

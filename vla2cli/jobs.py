@@ -161,7 +161,7 @@ class Job:
         self.stats = stats or Stats(pool.num_workers)
         # path -> why a file is not decoded, see `segments.cut_items`
         self.unreadable: Mapping[str, InputError] = {}
-        self._cores = Cores(is_shared=overlap and engine.device.type == "cpu")
+        self._cores = Cores(self._num_decoding, is_shared=overlap and engine.device.type == "cpu")
         self._say = say
         # a batch of more positions than that is no faster
         positions = sampling.num_frames * engine.checkpoint.config.num_patches
@@ -312,6 +312,10 @@ class Job:
             self.stats.busy_s["decode"] = self.pool.busy_s - before_s
             self.stats.counts["decoded"] += sum(isinstance(found, Clip) for _, found in outcomes)
             yield outcomes
+
+    def _num_decoding(self) -> int:
+        """Tell how many workers decode on average: those of a moment may be done in the next."""
+        return round(self.stats.busy_s["decode"] / self.stats.elapsed_s)
 
     def _start(self, item: Item) -> Future[Clip | Encoded]:
         request = self._request(item)

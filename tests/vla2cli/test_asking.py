@@ -60,7 +60,7 @@ def asking(engine=None, num_rows=3, stats=None, **choice):
         Task("ask", CONVERSATIONS),
         SAMPLING,
         num_rows=num_rows,
-        cores=Cores(is_shared=False),
+        cores=Cores(lambda: 0, is_shared=False),
         stats=stats or Stats(1),
     )
 

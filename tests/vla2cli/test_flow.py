@@ -220,8 +220,14 @@ def num_threads_in(cores):
 
 
 @pytest.mark.usefixtures("four_threads")
+@pytest.mark.parametrize(("num_others", "share"), [(0, 4), (1, 2), (2, 1), (3, 1), (9, 1)])
+def test_cores_are_divided_between_this_thread_and_other_processes(num_others, share):
+    assert num_threads_in(Cores(lambda: num_others, is_shared=True)) == share
+
+
+@pytest.mark.usefixtures("four_threads")
 def test_threads_that_compute_at_the_same_time_have_a_share_each():
-    cores = Cores(is_shared=True)
+    cores = Cores(lambda: 0, is_shared=True)
     is_inside, may_go = threading.Event(), threading.Event()
 
     def work():
@@ -239,8 +245,15 @@ def test_threads_that_compute_at_the_same_time_have_a_share_each():
 
 
 @pytest.mark.usefixtures("four_threads")
+def test_one_run_leaves_all_cores_to_the_next():
+    for _ in range(3):
+        assert num_threads_in(Cores(lambda: 1, is_shared=True)) == 2
+    assert num_threads_in(Cores(lambda: 0, is_shared=True)) == 4
+
+
+@pytest.mark.usefixtures("four_threads")
 def test_cores_come_back_from_what_fails():
-    cores = Cores(is_shared=True)
+    cores = Cores(lambda: 0, is_shared=True)
     with pytest.raises(ValueError, match="no"), cores.use():
         raise ValueError("no")
     assert num_threads_in(cores) == 4
@@ -248,4 +261,4 @@ def test_cores_come_back_from_what_fails():
 
 @pytest.mark.usefixtures("four_threads")
 def test_cores_that_are_not_shared_are_left_alone():
-    assert num_threads_in(Cores(is_shared=False)) == 4
+    assert num_threads_in(Cores(lambda: 3, is_shared=False)) == 4

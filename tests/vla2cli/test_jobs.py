@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.tiny import tiny_engine, tiny_hub, write_tiny
 from vla2_models.sound import SoundWindow
@@ -328,6 +329,30 @@ def test_run_that_is_left_early_leaves_no_thread_and_a_whole_ledger(
     with Ledger.open(path) as ledger:
         run(make_job(pool, ledger, task=QUESTIONS, batch=8), EXAMPLES)
         assert run(make_job(pool, ledger, task=QUESTIONS), EXAMPLES) == (0, 36, 0)
+
+
+def test_front_end_that_takes_longer_than_decoding_has_the_cores(pool, tmp_path):
+    found = []
+
+    class Slow(Engine):
+        """Notes how many threads it has for a batch, and takes its time."""
+
+        def encode(self, clips):
+            found.append(torch.get_num_threads())
+            time.sleep(0.5)
+            return super().encode(clips)
+
+    for i in range(8):
+        (tmp_path / f"{i}.mp4").symlink_to(EXAMPLES / "01.mp4")
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        engine = Slow(tiny_engine().checkpoint, device="cpu", dtype="float32")
+        assert run(make_job(pool, engine=engine, batch=1), tmp_path) == (8, 0, 0)
+    finally:
+        torch.set_num_threads(before)
+    # at the first the decoders are busy; the language model may have a share of any
+    assert sum(n >= 2 for n in found[1:]) >= 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="stops a process")
