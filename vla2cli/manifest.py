@@ -259,8 +259,15 @@ def _columns(row: list[str], where: str) -> list[str]:
 
 
 def _parse(raw: bytes, where: str) -> dict[str, Any]:
+    def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):  # which of the two is meant?
+            names = Counter(name for name, _ in pairs)
+            raise UsageError(f"{where}: {_show(names.most_common(1)[0][0])} stands there twice")
+        return fields
+
     try:
-        entry = json.loads(raw)
+        entry = json.loads(raw, object_pairs_hook=each_once)
     except (ValueError, RecursionError) as error:
         line = one_line(raw.decode(errors="replace"))[:80]
         raise UsageError(f"{where}: '{line}' is no JSON") from error

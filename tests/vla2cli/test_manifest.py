@@ -220,6 +220,7 @@ def test_a_table_without_rows_is_no_input(write):
         ("What moves?", "'What moves?' is no JSON"),
         ('{"path": "a.mp4", "quest', "is no JSON"),
         ("[" * 100_000, "is no JSON"),
+        ('{"path": "a.mp4", "question": "?", "path": "b.mp4"}', '"path" stands there twice'),
         ("[1]", "[1] is no object with a path and a question"),
         ({"question": "Why?"}, 'has no \'path\': {"question": "Why?"}'),
         ({"path": "a.mp4"}, "has no 'question'"),
@@ -254,7 +255,7 @@ def test_a_table_without_rows_is_no_input(write):
             "id 'a.mp4' is of 'b.mp4' here and of another path in line 1",
         ),
     ],
-    ids=range(30),
+    ids=range(31),
 )
 def test_a_bad_line_is_refused_by_its_number_and_value(write, line, message):
     with pytest.raises(UsageError) as caught:
