@@ -16,6 +16,19 @@ from vla2cli.errors import LedgerError, why
 Say = Callable[[str], None]  # how what takes long tells people about it: `Console.note`
 
 
+def say_once(say: Say) -> Say:
+    """Return what says its first message alone."""
+    has_said = False
+
+    def say_first(message: str) -> None:
+        nonlocal has_said
+        if not has_said:
+            say(message)
+        has_said = True
+
+    return say_first
+
+
 class Console:
     """Writes to stderr what a run has to say.
 

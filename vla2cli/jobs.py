@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from vla2cli.asking import Asking, Dialogue, Failed, Ready
 from vla2cli.cache import Encoded, TokenCache, encoder_of, entry_key
 from vla2cli.config import GenerationSettings
-from vla2cli.console import Say
+from vla2cli.console import Say, say_once
 from vla2cli.errors import InputError, is_out_of_memory
 from vla2cli.failures import in_parts
 from vla2cli.flow import Ahead, Cores, Feed, InTurn
@@ -162,12 +162,11 @@ class Job:
         # path -> why a file is not decoded, see `segments.cut_items`
         self.unreadable: Mapping[str, InputError] = {}
         self._cores = Cores(self._num_decoding, is_shared=overlap and engine.device.type == "cpu")
-        self._say = say
+        self._say_fewer = say_once(say)
         # a batch of more positions than that is no faster
         positions = sampling.num_frames * engine.checkpoint.config.num_patches
         enough = ENOUGH_POSITIONS[engine.device.type]
         self._encode_size = max(1, min(batch, -(-enough // positions)))
-        self._has_said = False
         # what `_wanted` has said, by all of an item that `generation` looks at
         self._wanted_of: dict[tuple[object, ...], dict[str, Any]] = {}
 
@@ -385,13 +384,10 @@ class Job:
         except Exception as error:
             if is_out_of_memory(error) and 1 < len(clips) <= self._encode_size:
                 self._encode_size = len(clips) // 2
-                self._say_fewer()
+                self._say_fewer(
+                    f"out of memory: encoding {self._encode_size} clips at a time, or fewer"
+                )
             raise
-
-    def _say_fewer(self) -> None:
-        if not self._has_said:
-            self._say(f"out of memory: encoding {self._encode_size} clips at a time, or fewer")
-        self._has_said = True
 
     def _records(self, talk: Dialogue | Failed) -> Iterator[Record]:
         """Make the records of a conversation that is over: nobody finds half of one."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
+from vla2cli.console import say_once
 from vla2cli.engines.base import Request, Result, Scores
 from vla2cli.engines.passes import Passes
 from vla2cli.engines.rows import Row, take_tokens
@@ -51,14 +52,13 @@ class HFEngine:
         self.num_rows = num_rows
         self.num_steps = 0  # passes in which each row said a token
         self.num_columns = 0  # positions that were looked back at in them, of all rows
-        self._say = say
+        self._say_fewer = say_once(say)
         self._passes = Passes(model, num_rows, device or model.device, say)
         self._waiting: deque[Row] = deque()
         self._suspects: deque[Row] = deque()  # one of them fails: each is tried alone
         self._rows: list[Row] = []  # row i is in slot i
         self._prefixes: OrderedDict[Hashable, Prefix] = OrderedDict()
         self._num_tickets = 0
-        self._has_said = False
 
     @property
     def num_open(self) -> int:
@@ -230,7 +230,9 @@ class HFEngine:
         has_room = is_memory and self.num_rows > 1
         if has_room:
             self.num_rows //= 2
-            self._say_fewer()
+            self._say_fewer(
+                f"out of memory: going on with {self.num_rows} prompts at a time, or fewer"
+            )
         self._passes.drop(self.num_rows)
         if is_memory and self._passes.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -244,11 +246,6 @@ class HFEngine:
         else:
             self._suspects.extend(again)
         return []
-
-    def _say_fewer(self) -> None:
-        if not self._has_said:
-            self._say(f"out of memory: going on with {self.num_rows} prompts at a time, or fewer")
-        self._has_said = True
 
     @contextmanager
     def _timed(self, rows: Sequence[Row], name: str) -> Iterator[None]:
